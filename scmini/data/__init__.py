@@ -1,0 +1,1 @@
+"""Importers, the demo corpus, and the rules that choose negatives."""

@@ -1,0 +1,1 @@
+"""Win rates, intervals, figures and the report page."""

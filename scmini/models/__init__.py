@@ -1,0 +1,1 @@
+"""Models: loading, attention over prefix trees, samplers, encoders, reward models."""
