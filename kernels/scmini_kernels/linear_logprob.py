@@ -66,7 +66,8 @@ def linear_logprob(
     bias, each only if it requires one: a frozen lm_head never gets a (V, D) buffer. The incoming
     gradient may differ per token. Deterministic. Differentiable once (RuntimeError after that).
 
-    Memory: a workspace of `WORKSPACE_BYTES` (or one row of logits); for backward, (M, D).
+    Memory: a workspace of `WORKSPACE_BYTES` (or one row of logits); for backward, (M, D), and
+    (V, D) in fp32 at least while a trainable head's gradient is summed.
 
     Raises:
         ValueError: wrong shape, dtype, device or option; the message gives expected and received.
@@ -75,8 +76,9 @@ def linear_logprob(
     head = _Head(lm_head, bias, logit_scale, softcap)
     _check(hidden_states, head, rows, targets, impl)
     if impl == "reference":
-        options = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
-        return linear_logprob_reference(hidden_states, lm_head, rows, targets, **options)
+        return linear_logprob_reference(
+            hidden_states, lm_head, rows, targets, bias, logit_scale, softcap
+        )
     return _torch_linear_logprob(hidden_states, head, rows, targets)
 
 
@@ -171,9 +173,6 @@ def _recompute(
     unit = hidden_states.new_empty(len(rows), hidden_states.shape[1]) if needs[0] else None
     grad_head = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
     grad_bias = torch.zeros_like(head.weight[:, 0], dtype=wide) if needs[2] else None
-    # Rows are weighted in the dtype of hidden_states; as fractions of the largest weight they
-    # cannot underflow in fp16.
-    largest = grad.abs().amax().clamp_min(torch.finfo(wide).tiny) if len(grad) else grad.sum()
     for part in _chunks(len(rows), head):
         hidden = hidden_states[rows[part]]
         logits = _logits(hidden, head)
@@ -181,12 +180,11 @@ def _recompute(
         if grad_bias is not None:
             grad_bias += grad[part] @ logits
         if grad_head is not None:
-            weighted = hidden.to(wide) * (grad[part] / largest)[:, None]
-            grad_head += _outer_sum(logits, weighted.to(hidden.dtype))
+            _add_outer(grad_head, logits, hidden.to(wide) * grad[part, None], hidden.dtype)
         if unit is not None:
             unit[part] = _times_head(logits, head.weight)
     if grad_head is not None:
-        grad_head = (grad_head * largest).to(head.weight.dtype)
+        grad_head = grad_head.to(head.weight.dtype)
     if grad_bias is not None:
         grad_bias = grad_bias.to(head.weight.dtype)
     return unit, grad_head, grad_bias
@@ -217,14 +215,14 @@ def _logps_in_place(logits: Tensor, targets: Tensor, head: _Head, *, to_gradient
     slope = None
     if head.softcap is not None:
         logits.div_(head.softcap).tanh_()
-        slope = 1 - logits.square() if to_gradient else None
+        slope = logits.square().neg_().add_(1) if to_gradient else None
         logits.mul_(head.softcap)
     logits.sub_(logits.amax(dim=1, keepdim=True))
     picked = logits.gather(1, targets[:, None])
     totals = logits.exp_().sum(dim=1, keepdim=True)
     logps = picked - totals.log()
     if to_gradient:
-        # onehot - softmax, with 1 - p taken from logp: no digits are lost where p is close to 1.
+        # onehot - softmax; the target's 1 - p comes from logp, so that one write does it.
         logits.div_(totals).neg_().scatter_(1, targets[:, None], -torch.expm1(logps))
         if slope is not None:
             logits *= slope
@@ -273,12 +271,12 @@ def _times_head(logit_grads: Tensor, weight: Tensor) -> Tensor:
     return out.to(weight.dtype)
 
 
-def _outer_sum(logit_grads: Tensor, hidden: Tensor) -> Tensor:
-    """logit_grads.T (V, C) @ hidden (C, D) -> (V, D) in fp32 at least."""
-    wide = logit_grads.dtype
-    if hidden.is_cuda and hidden.dtype != wide:
-        return torch.mm(logit_grads.to(hidden.dtype).T, hidden, out_dtype=wide)
-    return torch.mm(logit_grads.T, hidden.to(wide))
+def _add_outer(out: Tensor, logit_grads: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
+    """out (V, D) += logit_grads.T (V, C) @ hidden (C, D), all fp32 at least; dtype the model's."""
+    if out.is_cuda and dtype != out.dtype:
+        out += torch.mm(logit_grads.to(dtype).T, hidden.to(dtype), out_dtype=out.dtype)
+    else:
+        out.addmm_(logit_grads.T, hidden)
 
 
 def _head_blocks(weight: Tensor) -> Iterator[slice]:

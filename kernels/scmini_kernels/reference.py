@@ -58,7 +58,6 @@ def linear_logprob_reference(
     lm_head: Tensor,
     rows: Tensor,
     targets: Tensor,
-    *,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,

@@ -21,7 +21,7 @@ PERFECT = 1.0 - 1e-9
 
 
 def wins(rewards: ArrayLike, target_rewards: ArrayLike) -> Floats:
-    """Outcome per prompt: 1 if r > t, 0.5 if r = t, 0 if r < t (facts of the original, ties included).
+    """Outcome per prompt: 1 if r > t, 0.5 if r = t, 0 if r < t, as in the original project.
 
     Args:
         rewards: (n,) finite numbers.
@@ -48,7 +48,7 @@ def mean_sigmoid(rewards: ArrayLike) -> float:
 
 
 def bootstrap_ci95(values: ArrayLike, *, samples: int, seed: int) -> Interval:
-    """Interval of the mean: 2.5th and 97.5th percentile of mean(values[I]) over random index sets I.
+    """Interval of the mean: 2.5th and 97.5th percentile of mean(values[I]) over random index sets.
 
     Each I draws n of the n prompts with replacement. The draws depend on n and seed alone, so all
     methods of a run meet the same resampled prompts.

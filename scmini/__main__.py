@@ -1,0 +1,7 @@
+"""`python -m scmini`."""
+
+import sys
+
+from scmini.cli import main
+
+sys.exit(main())

@@ -1,0 +1,243 @@
+"""Words typed by a person, and the exit codes they get back.
+
+    0 done   1 a fault of ours   2 usage or configuration   3 environment   4 out of memory
+    5 data   6 stopped by a signal, progress kept   7 an outside service
+
+Results go to stdout, everything else to stderr. Nothing here imports torch.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from scmini import __version__, pipeline
+from scmini.config import Config
+from scmini.config_file import config_to_yaml, load_config
+from scmini.console import clean, duration, say, size, table
+from scmini.errors import Interrupted, ScminiError, UsageError
+from scmini.stage_graph import STAGES
+
+COMMANDS = ("run", "status", "config")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was probably meant, in a line or two, instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{_with_hint(message)}\nsee {self.prog} --help")
+
+
+def _with_hint(message: str) -> str:
+    choice = re.search(r"invalid choice: '([^']*)'", message)
+    if choice:
+        near = difflib.get_close_matches(choice[1], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands are: {', '.join(COMMANDS)}"
+        return f"no command {choice[1]!r}; {hint}"
+    unknown = re.match(r"unrecognized arguments: (\S+)", message)
+    if unknown:
+        word = unknown[1].partition("=")[0]
+        near = difflib.get_close_matches(word, _flags(_parser()), n=1)
+        return f"{message}; did you mean {near[0]}?" if near else message
+    return message
+
+
+def _flags(parser: argparse.ArgumentParser) -> set[str]:
+    """Every long option of a parser and of its commands."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= {flag for flag in action.option_strings if flag.startswith("--")}
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                found |= _flags(inner)
+    return found
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="scmini",
+        description="Self-Contrast alignment on one GPU, from raw data to the figure.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"scmini {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run all stages, or one; what is finished is not run again",
+        description="Run all stages, or one. What is finished is kept; what was stopped goes on.",
+        epilog=f"stages: {', '.join(STAGES)}",
+        allow_abbrev=False,
+    )
+    run.add_argument("stage", metavar="all|STAGE")
+    _add_config(run)
+    _add_output(run)
+    run.add_argument(
+        "--from", dest="from_", metavar="STAGE", help="begin here; what is before must be done"
+    )
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.add_argument("--force", action="store_true", help="run again what is finished")
+    status = commands.add_parser(
+        "status",
+        help="what is done, stale (and why), missing, running",
+        description="What is done, stale (and why), missing or running, with sizes and times.",
+        allow_abbrev=False,
+    )
+    _add_config(status)
+    _add_output(status)
+    status.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    config = commands.add_parser(
+        "config",
+        help="print the resolved configuration, ready to save",
+        description="Print the resolved configuration: every key with its value, ready to save.",
+        allow_abbrev=False,
+    )
+    _add_config(config)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        "--config",
+        metavar="NAME|FILE",
+        help="a shipped configuration or a YAML file (default: demo)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key, for example --set dpo.beta=0.2; may be repeated",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="RUN",
+        help="run folder (default: runs/<name of the configuration>)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do one command; returns the exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        command = {"run": _run, "status": _status, "config": _config}[arguments.command]
+        command(arguments)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader of stdout, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ScminiError as error:
+        return _fail(error, str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail(error, "stopped", Interrupted.exit_code)
+    except Exception as error:
+        text = f"a fault of scmini: {type(error).__name__}: {error}"
+        return _fail(error, f"{text}\nSCMINI_TRACEBACK=1 shows where", 1)
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    if os.environ.get("SCMINI_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    print(f"scmini: {clean(message)}", file=sys.stderr)
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    only = None if arguments.stage == "all" else arguments.stage
+    if only and (arguments.from_ or arguments.until):
+        raise UsageError("--from and --until go with `scmini run all`")
+    config = _load(arguments, arguments.output)
+    run_dir = arguments.output or _default_folder(config)
+    pipeline.run(
+        config,
+        run_dir,
+        only=only,
+        from_=arguments.from_,
+        until=arguments.until,
+        force=arguments.force,
+    )
+    if only in (None, "report"):
+        _print_results(run_dir / "report")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    output = arguments.output
+    if output is not None and arguments.config is None and not output.is_dir():
+        raise UsageError(f"{output}: no such run folder")
+    if output is None and arguments.config is None:
+        output = Path("runs") / "demo"
+    config = _load(arguments, output)
+    found = pipeline.status(config, output or _default_folder(config))
+    print(json.dumps(found, indent=1) if arguments.json else _status_table(found))
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    print(config_to_yaml(_load(arguments, None)), end="")
+
+
+def _load(arguments: argparse.Namespace, output: Path | None) -> Config:
+    """The configuration: `-c`, else that of an existing run folder, else the embedded demo."""
+    name = arguments.config
+    if name is None and output is not None and (output / "config.yaml").is_file():
+        name = str(output / "config.yaml")
+        say(f"no -c given: using the configuration of the run, {name}")
+    elif name is None:
+        verb = "running" if arguments.command == "run" else "taking"
+        say(f"no -c given: {verb} the embedded demo (configs/demo.yaml)")
+    return load_config(name, arguments.overrides)
+
+
+def _default_folder(config: Config) -> Path:
+    return Path("runs") / config.name
+
+
+def _status_table(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            stage["name"],
+            stage["method"] or "",
+            stage["state"],
+            duration(stage["seconds"]) if stage["seconds"] is not None else "",
+            size(stage["bytes"]) if stage["bytes"] is not None else "",
+            " ".join(stage["reason"].split()),
+        ]
+        for stage in found["stages"]
+    ]
+    return table(["stage", "method", "state", "time", "size", "reason"], rows)
+
+
+def _print_results(report: Path) -> None:
+    """The table of results.json, if the report is there, and where the page is."""
+    try:
+        methods = json.loads((report / "results.json").read_bytes())["methods"]
+    except FileNotFoundError:
+        return
+    rows = [
+        [
+            name,
+            _interval(row["mean_reward"], row["mean_reward_ci95"], 1),
+            _interval(100 * row["win_rate"], [100 * bound for bound in row["win_rate_ci95"]], 1),
+            str(row["n"]),
+        ]
+        for name, row in methods.items()
+    ]
+    print(table(["method", "mean reward [95 %]", "win rate % [95 %]", "n"], rows))
+    print(report / "index.html")
+
+
+def _interval(value: float, bounds: Sequence[float], digits: int) -> str:
+    low, high = bounds
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -1,0 +1,304 @@
+"""Models, tokenizers and adapters: read from disk or the hub, quantised, checked, saved.
+
+Weights are read from safetensors only, and no code that comes with a model is run.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from scmini.config import Config, ModelConfig, SFTConfig
+from scmini.errors import ConfigError, DataError, EnvironmentProblem
+from scmini.models.attention import output_head
+
+Policy: TypeAlias = PreTrainedModel | PeftModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+KEY = "model.model_name_or_path"
+QUIET = (
+    r".*kernels-community.*",
+    r".*_check_is_size will be removed.*",
+    r".*torch_dtype.*deprecated.*",
+    r"MatMul8bitLt: inputs will be cast.*",
+)
+
+
+def device() -> torch.device:
+    """The accelerator of this process (by LOCAL_RANK under torchrun), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def model_source(config: Config, inputs: dict[str, Path]) -> str:
+    """Where the base model is: the folder that stage `base` made, or the configured name."""
+    if config.model.model_name_or_path is not None:
+        return config.model.model_name_or_path
+    return str(inputs["base"] / "model")
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter folder; see `load_base` for errors."""
+    with _reading(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
+    return tokenizer
+
+
+def load_base(config: ModelConfig, source: str) -> PreTrainedModel:
+    """The frozen base model on this process's device, in NF4 if so configured.
+
+    Raises:
+        DataError: a local folder that is missing, or holds no model in safetensors.
+        EnvironmentProblem: a hub name that cannot be fetched. Both name the key and the remedy.
+    """
+    dtype = getattr(torch, config.dtype)
+    options: dict[str, Any] = {}
+    if config.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    where = device()
+    if where.type != "cpu":
+        options["device_map"] = {"": where}
+    revision = config.revision if source == config.model_name_or_path else None
+    with _reading(source):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            **options,
+        )
+    _keep_linear4bit_layout(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def fresh_adapter(config: ModelConfig, source: str, sft: SFTConfig, seed: int) -> PeftModel:
+    """A new trainable LoRA adapter (float32) on the frozen base model; B is 0, so it changes nothing.
+
+    A depends on the seed alone. Raises ConfigError where `sft.lora_target_modules` fits no layer,
+    or names lm_head.
+    """
+    base = load_base(config, source)
+    lora = LoraConfig(
+        r=sft.lora_r,
+        lora_alpha=sft.lora_alpha,
+        lora_dropout=sft.lora_dropout,
+        target_modules=sft.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), quietly():
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(base, lora)
+        except ValueError as error:
+            raise ConfigError(f"sft.lora_target_modules: {error}") from None
+    output_head(model.get_base_model())
+    return model
+
+
+def load_policy(
+    config: ModelConfig, source: str, adapter: Path | None, *, trainable: bool
+) -> Policy:
+    """The base model with a copy of an adapter, in float32 whatever the base is in.
+
+    Args:
+        source: folder or hub name of the base model.
+        adapter: PEFT folder; None gives the frozen base model alone.
+        trainable: whether the adapter's weights get gradients.
+
+    Raises:
+        DataError: the folder is no safetensors adapter, or does not fit this base model.
+    """
+    if adapter is None:
+        return load_base(config, source)
+    rank = _check_adapter_folder(adapter)
+    base = load_base(config, source)
+    try:
+        with quietly():
+            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(_misfit(adapter, source, f"rank {rank}: {error}")) from None
+    _check_all_loaded(model, adapter, source)
+    output_head(model.get_base_model())
+    return model if trainable else model.eval()
+
+
+def load_for_generation(config: ModelConfig, source: str, adapter: Path | None) -> PreTrainedModel:
+    """The policy ready for `generate`, with the same weight values, made as fast as they allow.
+
+    In float32 the adapter is merged (it changes rounding only). In 16 bits merging would round the
+    adapter away, so it stays beside the weights. On the CPU, where every NF4 product would decode
+    its weights anew for each token, they are decoded once.
+    """
+    model = load_policy(config, source, adapter, trainable=False)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if config.load_in_4bit and inner.device.type == "cpu":
+        _decode_once(inner)
+    quantised = config.load_in_4bit and inner.device.type != "cpu"
+    if isinstance(model, PeftModel) and config.dtype == "float32" and not quantised:
+        inner = model.merge_and_unload()
+    inner.config.use_cache = True
+    return inner.eval()
+
+
+def save_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write a PEFT folder, with tokenizer and chat template if given; same weights, same bytes."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    # PEFT keeps module names in a set, whose order differs from process to process.
+    path = folder / ADAPTER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if isinstance(value, list):
+            settings[key] = sorted(value, key=str)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)  # an empty form for the hub
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+def restore_adapter(model: PeftModel, folder: Path) -> None:
+    """Put the weights of a saved adapter into a model that has one of the same shape."""
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+
+
+def enable_checkpointing(model: Policy) -> None:
+    """Keep only layer inputs for backward and compute the rest again.
+
+    Non-reentrant, so that frozen embeddings need no artificial gradient.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    with quietly():
+        inner.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+
+def _keep_linear4bit_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking NF4 weights at the first forward without gradients.
+
+    On CPUs with AVX512-BF16 it does so in place, and backward then reads the packed bytes as if
+    they were not: wrong gradients, silently.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _decode_once(model: PreTrainedModel) -> None:
+    """Replace every NF4 layer by a Linear of the same values (as the base layer of its adapter too)."""
+    import bitsandbytes as bnb
+
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for name, module in found:
+        if module.__class__ is not bnb.nn.Linear4bit:
+            continue  # PEFT's wrapper; its base layer is in the list
+        weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        plain = nn.Linear(1, 1, bias=False, device="meta")
+        plain.in_features, plain.out_features = module.in_features, module.out_features
+        plain.weight = nn.Parameter(weight.to(model.dtype), requires_grad=False)
+        plain.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+
+
+def _check_adapter_folder(adapter: Path) -> int:
+    """The adapter's rank; DataError if the folder is not a PEFT folder in safetensors."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (adapter / name).is_file():
+            raise DataError(f"{adapter}: not an adapter folder, {name} is missing")
+    try:
+        return int(json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r", 0))
+    except (ValueError, AttributeError):
+        raise DataError(f"{adapter / ADAPTER_CONFIG}: not a PEFT configuration") from None
+
+
+def _check_all_loaded(model: PeftModel, adapter: Path, source: str) -> None:
+    """PEFT passes over weights that fit no layer; here that is an error."""
+    try:
+        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+    except SafetensorError as error:
+        raise DataError(f"{adapter / ADAPTER_WEIGHTS}: {error}") from None
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if stored != expected:
+        example = sorted(stored ^ expected)[0]
+        where = "the base model has no layer" if example in stored else "the adapter has no weights"
+        raise DataError(_misfit(adapter, source, f"{where} for {example}"))
+
+
+def _misfit(adapter: Path, source: str, problem: str) -> str:
+    first = " ".join(problem.split())[:300]
+    return (
+        f"{adapter}: this adapter was not made for the base model {source} ({first}); "
+        f"use the {KEY} it was trained on"
+    )
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Errors of reading a model or tokenizer, turned into sentences."""
+    looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    if looks_local and not Path(source).is_dir():
+        raise DataError(f"{KEY}: the folder {source} does not exist")
+    try:
+        with quietly():
+            yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if Path(source).is_dir():
+            raise DataError(
+                f"{KEY}: {source} does not hold a model with config.json, safetensors weights and "
+                f"tokenizer ({reason}); weights in other formats can be converted with transformers' "
+                "save_pretrained"
+            ) from None
+        raise EnvironmentProblem(
+            f"{KEY}: {source} could not be fetched from the Hugging Face hub ({reason}); check the "
+            "name and the connection (gated models need `hf auth login`), or download it elsewhere "
+            "and give the folder"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{KEY}: {source}: {' '.join(str(error).split())[:300]}") from None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without progress bars and warnings that are known to mean nothing here."""
+    from transformers.utils import logging as hf_logging
+
+    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for message in QUIET:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,295 @@
+"""Drawing answers from a transformers model: n to each prompt, many prompts at once.
+
+The prompt is computed once for all its answers, and so is every beginning that answers have in
+common: a row of the batch is a distinct beginning, not an answer. Where answers part, the row is
+copied; where an answer ends, its row goes.
+
+The random numbers of a prompt come from (seed, id) and are drawn before anything else, so its
+answers do not depend, beyond rounding, on what else is in the batch or on the order of work.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from scmini.config import DecodingConfig
+from scmini.records import Response
+from scmini.seeding import numpy_rng
+
+Prompt = tuple[str, list[int]]
+"""Id and token ids."""
+
+_SPARE = 24
+"""Positions for which a cache makes room at a time: copying it for every token is half the work."""
+_BELOW_ONE = 1 - 2**-24
+"""The largest float32 below 1: times a sum it stays below the sum."""
+
+
+class TransformersSampler:
+    """Answers of a causal language model, by its own decoding loop.
+
+    Args:
+        model: in eval mode; its generation config may name further end tokens.
+        tokenizer: of the model.
+        decoding: temperature (0 takes the most likely token), top_p, max_new_tokens, batch_size.
+        max_length: longest prompt with answer, in tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, decoding: DecodingConfig, max_length: int
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.decoding, self.max_length = decoding, max_length
+        named = getattr(model.generation_config, "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        self._ends = torch.tensor(sorted(ends), device=model.device)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: list[Prompt],
+        n: int,
+        seed: int,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[list[Response]]:
+        """Draw n answers to each prompt.
+
+        Args:
+            prompts: (id, token ids) of each.
+            n: answers to each prompt.
+            seed: with the id, decides a prompt's answers; the first of n are those of a smaller n.
+            on_batch: told after each batch how many answers and tokens it had.
+
+        Returns:
+            The answers in the order of the prompts; none to a prompt that fills max_length.
+        """
+        answers: list[list[Response]] = [[] for _ in prompts]
+        for batch in self._batches(prompts, n):
+            drawn = self._decode([prompts[item] for item in batch.items], batch.first, batch.count, seed)
+            for number, response in enumerate(drawn):
+                answers[batch.items[number // batch.count]].append(response)
+            if on_batch:
+                on_batch(len(drawn), sum(len(response.token_ids) for response in drawn))
+        return answers
+
+    def _batches(self, prompts: list[Prompt], n: int) -> list["_Batch"]:
+        """Prompts of like length together, each with all its answers as long as these fit."""
+        size = self.decoding.batch_size
+        fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < self.max_length]
+        fitting.sort(key=lambda i: (len(prompts[i][1]), i))
+        together = max(1, size // n)
+        return [
+            _Batch(fitting[start : start + together], first, min(size, n - first))
+            for start in range(0, len(fitting), together)
+            for first in range(0, n, size)
+        ]
+
+    def _decode(self, prompts: list[Prompt], first: int, count: int, seed: int) -> list[Response]:
+        """Answers first to first + count of each prompt, prompt by prompt."""
+        device = self.model.device
+        lengths = torch.tensor([len(ids) for _, ids in prompts], device=device)
+        room = (self.max_length - lengths).clamp(max=self.decoding.max_new_tokens)
+        limits = room.repeat_interleave(count)
+        steps = int(limits.max())
+        draws = self._uniforms([id for id, _ in prompts], first, count, steps, seed)
+        rows = _Rows(self.model, [ids for _, ids in prompts])
+        row_of = torch.arange(len(prompts), device=device).repeat_interleave(count)
+        written = torch.zeros(len(row_of), steps, dtype=torch.long, device=device)
+        length = limits.clone()
+        going = torch.arange(len(row_of), device=device)
+        for step in range(steps):
+            draw = None if draws is None else draws[going, step]
+            token = self._choose(rows.logits, row_of[going], draw)
+            written[going, step] = token
+            ended = torch.isin(token, self._ends)
+            length[going[ended]] = step + 1
+            more = ~ended & (limits[going] > step + 1)
+            going, token = going[more], token[more]
+            if not len(going):
+                break
+            row_of[going] = rows.advance(row_of[going], token)
+        return self._responses(written, length)
+
+    def _uniforms(
+        self, ids: list[str], first: int, count: int, steps: int, seed: int
+    ) -> torch.Tensor | None:
+        """[answers, steps] float32 below 1; None for greedy decoding.
+
+        They are drawn for every step there may be, so that a prompt's do not depend on its batch.
+        """
+        if self.decoding.temperature == 0:
+            return None
+        width = self.decoding.max_new_tokens
+        drawn = np.empty((len(ids), count, steps), dtype=np.float32)
+        for number, id in enumerate(ids):
+            generator = numpy_rng(seed, "answers", id)
+            generator.bit_generator.advance(first * width)
+            drawn[number] = generator.random((count, width))[:, :steps]
+        uniforms = torch.from_numpy(drawn).clamp_(max=_BELOW_ONE)
+        return uniforms.flatten(0, 1).to(self.model.device)
+
+    def _choose(
+        self, logits: torch.Tensor, row_of: torch.Tensor, draw: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The next token of each answer, by inverting the cumulative distribution of its row.
+
+        Args:
+            logits: [rows, vocabulary] float32.
+            row_of: [answers] row of each.
+            draw: [answers] uniform numbers, or None for the most likely token.
+        """
+        if draw is None:
+            return logits.argmax(-1)[row_of]
+        probabilities = (logits / self.decoding.temperature).softmax(-1)
+        tokens = None
+        if self.decoding.top_p < 1:
+            probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.decoding.top_p, 0)
+        cumulative = probabilities.cumsum(-1)[row_of]
+        point = draw.to(cumulative.dtype) * cumulative[:, -1]
+        place = torch.searchsorted(cumulative, point[:, None], right=True)
+        if tokens is not None:
+            place = tokens[row_of].gather(1, place)
+        return place[:, 0]
+
+    def _responses(self, written: torch.Tensor, length: torch.Tensor) -> list[Response]:
+        rows = zip(written.tolist(), length.tolist(), strict=True)
+        ids = [tokens[:end] for tokens, end in rows]
+        texts = self.tokenizer.batch_decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        ends = set(self._ends.tolist())
+        return [
+            Response(text, tokens, "stop" if tokens[-1] in ends else "length")
+            for text, tokens in zip(texts, ids, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Answers first to first + count of each of these prompts (by their place in the list)."""
+
+    items: list[int]
+    first: int
+    count: int
+
+
+class _Rows:
+    """The distinct beginnings that are being continued: their keys and values, and what may follow.
+
+    `logits` [rows, vocabulary] float32 are those of the token after each.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+        self._model, self._cache = model, _cache(model)
+        device, longest = model.device, max(map(len, prompts))
+        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for number, prompt in enumerate(prompts):
+            ids[number, longest - len(prompt) :] = torch.tensor(prompt)
+        positions = torch.arange(longest, device=device) - (longest - lengths)[:, None]
+        padded = bool((lengths < longest).any())
+        self._mask = (positions >= 0).long() if padded else None  # without one, attention is faster
+        self._position = lengths
+        self._forward(ids.to(device), positions.clamp(min=0))
+
+    def advance(self, row_of: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Put one token behind each answer's row; rows that no answer names may go.
+
+        Args:
+            row_of: [answers] the row that each continues.
+            token: [answers] with what.
+
+        Returns:
+            [answers] the row of each from now on: answers with the same row and token share one.
+        """
+        width = self.logits.shape[-1]
+        continued, place = (row_of * width + token).unique(return_inverse=True)
+        parent, following = continued // width, continued % width
+        rows = len(self.logits)
+        parted = len(continued) > 1 and bool((parent[1:] == parent[:-1]).any())
+        if parted or len(continued) < 0.75 * rows:
+            self._select(parent)
+            new = place
+        else:  # too few rows have ended for moving the others to pay
+            following = torch.zeros(rows, dtype=torch.long, device=token.device).index_put(
+                (parent,), following
+            )
+            new = parent[place]
+        self._forward(following[:, None], self._position[:, None])
+        return new
+
+    def _select(self, rows: torch.Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._position = self._position[rows]
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        if self._mask is not None and ids.shape[1] == 1:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1].float()
+        self._position = positions[:, -1] + 1
+
+
+def _cache(model: PreTrainedModel) -> DynamicCache:
+    """The model's own kind of cache, its plain layers replaced by ones with spare room."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values as views of buffers with room for more positions, so a token is written in place."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._store(key_states[:, :, :0], value_states[:, :, :0], key_states.shape[-2])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if end > self._buffers[0].shape[-2]:
+            self._store(self.keys, self.values, key_states.shape[-2])
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._store(self.keys, self.values, 1, indices)
+
+    def _store(
+        self, keys: torch.Tensor, values: torch.Tensor, more: int, rows: torch.Tensor | None = None
+    ) -> None:
+        """Move keys and values [rows, heads, positions, width] to new buffers, with room for more."""
+        buffers = []
+        for states in (keys, values):
+            count, heads, length, width = states.shape
+            count = count if rows is None else len(rows)
+            buffer = states.new_empty(count, heads, length + more + _SPARE, width)
+            if rows is None:
+                buffer[:, :, :length] = states
+            else:
+                torch.index_select(states, 0, rows, out=buffer[:, :, :length])
+            buffers.append(buffer)
+        self._buffers = tuple(buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)

@@ -1,0 +1,202 @@
+"""What a download would bring: a tokenizer, a small Llama and a reward model, made on the spot."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from scmini.config import Config, TrainingConfig
+from scmini.errors import DataError
+from scmini.models import loading
+from scmini.records import Message, read_jsonl
+from scmini.seeding import derived_seed
+from scmini.store import Work
+from scmini.training import checkpoints
+from scmini.training.batches import Group
+from scmini.training.losses import SFTObjective
+from scmini.training.trainer import train
+
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML without the line feed between turns."""
+ADAM_BETA2 = 0.95
+"""The second moment of short pretraining runs forgets faster than AdamW's default."""
+
+
+def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
+    """Make model/ from corpus.jsonl, and reward_model/ where a model is to grade."""
+    model_folder = work.path / "model"
+    if not model_folder.is_dir():
+        _make_model(config, inputs["data"] / "corpus.jsonl", work)
+    work.note("peak_gib", round(checkpoints.peak_gib(), 3))
+    if config.grader == "model" and config.reward.model_name_or_path is None:
+        from scmini.training.reward_model import train_reward_model
+
+        tokenizer = loading.load_tokenizer(str(model_folder))
+        preferences = inputs["data"] / "preferences.jsonl"
+        out = work.path / "reward_model"
+        for key, value in train_reward_model(
+            config, tokenizer, model_folder, preferences, out
+        ).items():
+            work.note(key, value)
+
+
+def train_tokenizer(corpus: list[list[Message]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that can write any text, with a ChatML template; no BOS.
+
+    Deterministic: the same texts in the same order give the same tokenizer.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    special = [PAD, START, END]
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # With the roles, so that these become single tokens.
+    texts = (_text(message) for messages in corpus for message in messages)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def conversations(
+    tokenizer: PreTrainedTokenizerFast, corpus: list[list[Message]]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """What `chat.conversation_ids(..., "all")` gives for each dialogue, with all texts encoded at once.
+
+    That is possible because the template is `CHAT_TEMPLATE`, and ten times as fast.
+    """
+    start, end = tokenizer.convert_tokens_to_ids([START, END])
+    opening = [start, *tokenizer("assistant\n", add_special_tokens=False)["input_ids"]]
+    turns = [message for messages in corpus for message in messages]
+    answers = iter(
+        _encode(tokenizer, [m["content"] for m in turns if m["role"] == "assistant"], plain=True)
+    )
+    others = iter(
+        _encode(tokenizer, [_text(m) for m in turns if m["role"] != "assistant"], plain=False)
+    )
+    for messages in corpus:
+        ids: list[int] = []
+        scored: list[bool] = []
+        for message in messages:
+            is_answer = message["role"] == "assistant"
+            head = opening if is_answer else [start]
+            body = [*next(answers if is_answer else others), end]
+            ids += head + body
+            scored += [False] * len(head) + [is_answer] * len(body)
+        yield ids, scored
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, plain: bool) -> list[list[int]]:
+    """Token ids; special tokens written out in a text are text if `plain`, as in chat.py."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)
+    return list(encoded["input_ids"])
+
+
+def new_llama(config: Config, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A float32 Llama with random weights (from the seed) and tied embeddings."""
+    shape = config.base
+    settings = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        initializer_range=shape.initializer_range,
+        max_position_embeddings=config.model.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, "base"))
+        model = LlamaForCausalLM(settings)
+    model.generation_config = GenerationConfig.from_model_config(settings)
+    return model.float()
+
+
+def _make_model(config: Config, corpus_path: Path, work: Work) -> None:
+    corpus = [_messages(row, number, corpus_path) for number, row in read_jsonl(corpus_path)]
+    if not corpus:
+        raise DataError(f"{corpus_path}: empty; set data.num_pretraining above 0")
+    tokenizer = train_tokenizer(corpus, config.base.vocab_size)
+    groups = [
+        Group.of_text(str(number), ids, scored)
+        for number, (ids, scored) in enumerate(conversations(tokenizer, corpus))
+        if len(ids) <= config.model.max_length
+    ]
+    if config.base.loss_on == "all":
+        groups = [_scored_everywhere(group) for group in groups]
+    if len(groups) < len(corpus):
+        work.count("dialogue longer than model.max_length", len(corpus) - len(groups))
+    base = config.base
+    settings = TrainingConfig(
+        learning_rate=base.learning_rate,
+        num_train_epochs=base.num_train_epochs,
+        prompts_per_step=base.dialogues_per_step,
+        warmup_ratio=base.warmup_ratio,
+        tokens_per_microbatch=base.tokens_per_microbatch,
+        gradient_checkpointing=False,
+        save_steps=base.save_steps,
+        logging_steps=base.logging_steps,
+    )
+    trained = train(
+        new_llama(config, tokenizer).to(loading.device()),
+        groups,
+        SFTObjective(),
+        settings,
+        out=work.path,
+        seed=config.seed,
+        save_as="model",
+        tokenizer=tokenizer,
+        adam_beta2=ADAM_BETA2,
+    )
+    work.note("steps", trained.steps)
+
+
+def _scored_everywhere(group: Group) -> Group:
+    ids = group.sequences[0].input_ids
+    return Group.of_text(group.id, ids, [False] + [True] * (len(ids) - 1))
+
+
+def _messages(row: dict[str, Any], number: int, path: Path) -> list[Message]:
+    messages = row.get("messages")
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(f"{path}, line {number}: field 'messages': expected two turns or more")
+    return messages
+
+
+def _text(message: Message) -> str:
+    """What the template writes between special tokens."""
+    return f"{message['role']}\n{message['content']}"

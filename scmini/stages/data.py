@@ -1,0 +1,108 @@
+"""Stage `data`: prompts and targets to train on, and held-out ones on which methods are judged.
+
+Where the stage `base` trains the model itself, it also writes what that reads: dialogues
+(corpus.jsonl) and preferences (preferences.jsonl), of the training side only.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from scmini.config import Config, DataConfig
+from scmini.data import zoo
+from scmini.data.hh_rlhf import read_hh_rlhf
+from scmini.data.jsonl import read_examples_jsonl
+from scmini.data.split import prompt_digest, split, within_limits
+from scmini.errors import DataError
+from scmini.records import Example, Message, write_examples, write_jsonl
+from scmini.store import Work
+
+ZOO_FLAWED_TARGETS = 0.25
+"""Share of the demo's targets with flaws: human targets have them too."""
+ZOO_CAREFUL_DIALOGUES = 0.65
+"""Share of careful answers in what the demo's base model reads."""
+ZOO_NUM_TRAIN = 3072
+"""Training prompts of the demo where data.num_train is empty."""
+
+
+def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
+    """Write train.jsonl and test.jsonl, and for the stage `base` corpus.jsonl and preferences.jsonl.
+
+    Raises:
+        DataError: a file is missing or damaged, or too few rows remain.
+        RecordError: a row is malformed; names file and line.
+    """
+    sides = _zoo(config) if config.data.format == "zoo" else _from_files(config.data, work)
+    train, test, dialogues = sides
+    chosen = train[: config.data.num_train]
+    write_examples(work.path / "train.jsonl", chosen)
+    write_examples(work.path / "test.jsonl", test)
+    if config.model.model_name_or_path is None:
+        corpus = islice(dialogues, config.data.num_pretraining)
+        if not write_jsonl(work.path / "corpus.jsonl", ({"messages": d} for d in corpus)):
+            raise DataError("data.num_pretraining: 0 leaves nothing to train a base model on")
+        write_jsonl(work.path / "preferences.jsonl", _preferences(train))
+    work.note("rows", {"train": len(chosen), "test": len(test), "usable": len(train) + len(test)})
+
+
+Sides = tuple[list[Example], list[Example], Iterable[list[Message]]]
+"""Train, test, and dialogues for the base model."""
+
+
+def _zoo(config: Config) -> Sides:
+    seed, data = config.seed, config.data
+    train = _examples(zoo.examples(seed, "train", data.num_train or ZOO_NUM_TRAIN, ZOO_FLAWED_TARGETS))
+    test = _examples(zoo.examples(seed, "test", data.num_test, ZOO_FLAWED_TARGETS))
+    shared = {prompt_digest(e.prompt) for e in train} & {prompt_digest(e.prompt) for e in test}
+    if shared:
+        raise AssertionError(f"{len(shared)} prompts of the zoo are in train and test")
+    pairs = zoo.pretraining_dialogues(seed, data.num_pretraining, ZOO_CAREFUL_DIALOGUES)
+    user = ([{"role": "user", "content": prompt}, _assistant(answer)] for prompt, answer in pairs)
+    return train, test, user
+
+
+def _examples(rows: list[dict[str, Any]]) -> list[Example]:
+    return [Example(**row) for row in rows]
+
+
+def _from_files(data: DataConfig, work: Work) -> Sides:
+    paths = [Path(path) for path in ([data.path] if isinstance(data.path, str) else data.path or [])]
+    reader = read_hh_rlhf if data.format == "hh-rlhf" else read_examples_jsonl
+    usable = within_limits(
+        _with_distinct_ids(reader(paths, work.count)),
+        data.max_prompt_chars,
+        data.max_target_chars,
+        work.count,
+    )
+    train, test = split(usable, data.num_test, work.count)
+    return train, test, _dialogues(train)
+
+
+def _with_distinct_ids(examples: Iterable[Example]) -> Iterator[Example]:
+    """Ids made of file names clash where files of one name lie in different folders."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise DataError(
+                f"data.path: two files give the id {example.id!r}; give the files different names"
+            )
+        seen.add(example.id)
+        yield example
+
+
+def _dialogues(train: list[Example]) -> Iterator[list[Message]]:
+    """Each prompt with its target and with each rejected answer, one after another."""
+    for example in train:
+        for answer in (example.target, *example.rejected):
+            yield [*example.prompt, _assistant(answer)]
+
+
+def _preferences(train: list[Example]) -> Iterator[dict[str, Any]]:
+    for example in train:
+        for rejected in example.rejected:
+            yield {"prompt": example.prompt, "chosen": example.target, "rejected": rejected}
+
+
+def _assistant(answer: str) -> Message:
+    return {"role": "assistant", "content": answer}

@@ -1,0 +1,50 @@
+"""Supervised fine-tuning on the targets: a fresh adapter, or (`sft-continued`) more of the same."""
+
+from pathlib import Path
+
+from scmini.config import Config
+from scmini.errors import DataError
+from scmini.models import loading
+from scmini.records import read_examples
+from scmini.store import Work
+from scmini.training.batches import Group
+from scmini.training.losses import SFTObjective
+from scmini.training.preferences import sft_group
+from scmini.training.trainer import train
+
+SEED_OF_CONTINUED = 1
+"""Added to the seed of `sft-continued`, so that it meets the prompts in another order."""
+
+
+def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
+    """Train on data/train.jsonl; writes adapter/, checkpoint-N/, metrics.jsonl, trainer_state.json."""
+    continued = work.method == "sft-continued"
+    section = config.sft_continued if continued else config.sft
+    source = loading.model_source(config, inputs)
+    adapter = inputs["sft"] / "adapter" if continued else None
+    tokenizer = loading.load_tokenizer(str(adapter) if adapter else source)
+    examples = read_examples(inputs["data"] / "train.jsonl")[: section.num_prompts]
+    found = [sft_group(tokenizer, e, section.loss_on, config.model.max_length) for e in examples]
+    groups: list[Group] = [group for group in found if group is not None]
+    if len(groups) < len(found):
+        work.count("target longer than model.max_length", len(found) - len(groups))
+    if not groups:
+        raise DataError("no training prompt is left; raise model.max_length")
+    if adapter:
+        model = loading.load_policy(config.model, source, adapter, trainable=True)
+    else:
+        model = loading.fresh_adapter(config.model, source, config.sft, config.seed)
+    if section.gradient_checkpointing:
+        loading.enable_checkpointing(model)
+    trained = train(
+        model,
+        groups,
+        SFTObjective(),
+        section,
+        out=work.path,
+        seed=config.seed + (SEED_OF_CONTINUED if continued else 0),
+        save_as="adapter",
+        tokenizer=tokenizer,
+    )
+    work.note("steps", trained.steps)
+    work.note("peak_gib", trained.peak_gib)

@@ -1,0 +1,354 @@
+"""Finished stages live in folders named by their recipe. A folder that exists is complete.
+
+    .store/dpo-self-contrast-4-3fa9c1d20b77/           finished: products and manifest.json
+    .store/.dpo-self-contrast-4-3fa9c1d20b77.partial/  being built, or left by a crash: continued
+    .store/.dpo-self-contrast-4-3fa9c1d20b77.lock      held (flock) by the process that builds it
+    .store/.dpo-self-contrast-4-3fa9c1d20b77.old/      replaced by --force, about to be deleted
+
+The manifest is written last and the folder renamed once, so a kill at any instant leaves either a
+finished folder or one to continue.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from scmini.errors import EnvironmentProblem, StoreDamaged
+from scmini.locks import is_locked, locked
+
+MANIFEST = "manifest.json"
+VOLATILE = ("log/*", "metrics.jsonl", "trainer_state.json", "checkpoint-*/*")
+"""Files that hold times: sealed, but not part of what downstream stages depend on."""
+PACKAGES = (
+    *("scmini", "torch", "transformers", "peft", "bitsandbytes", "sentence-transformers"),
+    *("faiss-cpu", "numpy", "pyarrow", "tokenizers"),
+)
+_SESSIONS = "log/sessions.json"
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that can change a stage's result."""
+
+    stage: str
+    method: str | None
+    version: int
+    """Raised by hand when the meaning of the stage changes."""
+    config: dict[str, Any]
+    """The settings it reads."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Digests or revisions of files that no stage made: data files, downloaded models."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Upstream stage -> digest of those of its files that are read."""
+
+    @property
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+    @property
+    def folder(self) -> str:
+        return f"{self._stem}-{self.digest[:12]}"
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.stage}-{self.method}" if self.method else self.stage
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished stage."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(**self.manifest["recipe"])
+
+    @property
+    def seconds(self) -> float:
+        return float(self.manifest["seconds"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(int(seal["bytes"]) for seal in self.manifest["files"].values())
+
+
+@dataclass
+class Work:
+    """What a stage gets to work in; see the table of stages in `scmini.stage_graph`."""
+
+    path: Path
+    method: str | None = None
+    earlier: list[Path] = field(default_factory=list)
+    """Finished folders of this stage and method whose recipe differs in the pairs chosen alone."""
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, reason: str, number: int = 1) -> None:
+        """Add to a count of the manifest: rows dropped, texts cut off and so on."""
+        self.counts[reason] += number
+
+    def note(self, key: str, value: Any) -> None:
+        """Put a JSON value into the manifest."""
+        self.notes[key] = value
+
+
+class Store:
+    """The folder of finished stages. Made on first use."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def find(self, recipe: Recipe) -> Finished | None:
+        """The finished stage of this recipe, if there is one."""
+        return self.load(recipe.folder)
+
+    def load(self, folder: str) -> Finished | None:
+        """A finished stage by the name of its folder."""
+        path = self.root / folder
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            Recipe(**manifest["recipe"])
+            return Finished(path, manifest)
+        except (FileNotFoundError, NotADirectoryError):
+            if path.exists():
+                raise StoreDamaged(
+                    f"{path / MANIFEST}: missing; delete the folder and run again"
+                ) from None
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise StoreDamaged(
+                f"{path / MANIFEST}: damaged; delete the folder and run again"
+            ) from None
+
+    def partial(self, recipe: Recipe) -> Path:
+        """Where the stage works until it is finished."""
+        return self.root / f".{recipe.folder}.partial"
+
+    def is_building(self, recipe: Recipe) -> bool:
+        """Whether some process is building it now."""
+        return is_locked(self._lock(recipe))
+
+    @contextmanager
+    def building(self, recipe: Recipe, *, force: bool = False) -> Iterator[Work | None]:
+        """Yield the work folder, kept across crashes, and finish it when the block ends well.
+
+        Yields None when the stage is already finished, unless `force`: then the finished folder
+        stays until its replacement is complete.
+
+        Raises:
+            StoreBusy: another process is building it.
+            EnvironmentProblem: the disk is full.
+        """
+        final, partial = self.root / recipe.folder, self.partial(recipe)
+        old = self.root / f".{recipe.folder}.old"
+        with _disk_full_is_said(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with locked(self._lock(recipe), f"{recipe.folder} is being built by another process"):
+                if old.exists() and not final.exists():
+                    os.rename(old, final)  # a kill between the two renames below
+                if final.exists() and not force:
+                    yield None
+                    return
+                earlier = [found.path for found in self.relatives(recipe)]
+                work = Work(partial, recipe.method, earlier)
+                _reopen(partial)
+                yield work
+                _seal(work, recipe)
+                if final.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.rename(final, old)
+                os.rename(partial, final)
+                _sync(self.root)
+                shutil.rmtree(old, ignore_errors=True)
+
+    def verify(self, finished: Finished, patterns: Sequence[str] = ("*",)) -> None:
+        """Read the files again; `StoreDamaged` names the first that is not as it was written."""
+        remedy = f"delete {finished.path} and run again"
+        for name, seal in finished.manifest["files"].items():
+            if not _matches(name, patterns):
+                continue
+            path = finished.path / name
+            if not path.is_file():
+                raise StoreDamaged(f"{path}: missing; {remedy}")
+            if path.stat().st_size != seal["bytes"] or sha256_of(path) != seal["sha256"]:
+                raise StoreDamaged(f"{path}: changed after it was written; {remedy}")
+
+    def relatives(self, recipe: Recipe, ignoring: Collection[str] = ("filter",)) -> list[Finished]:
+        """Finished stages whose recipe differs in nothing but the inputs `ignoring`."""
+
+        def essence(r: Recipe) -> Recipe:
+            return replace(r, inputs={k: v for k, v in r.inputs.items() if k not in ignoring})
+
+        found = []
+        for path in sorted(self.root.glob(f"{recipe._stem}-*")):
+            with suppress(StoreDamaged):
+                other = self.load(path.name)
+                same = other is not None and path.name != recipe.folder
+                if same and other and essence(other.recipe) == essence(recipe):
+                    found.append(other)
+        return found
+
+    def _lock(self, recipe: Recipe) -> Path:
+        return self.root / f".{recipe.folder}.lock"
+
+
+def digest_of(manifest: Mapping[str, Any], patterns: Sequence[str] = ("*",)) -> str:
+    """Digest of the products that match: what a stage that reads only these depends on."""
+    seals = {
+        name: seal["sha256"]
+        for name, seal in manifest["files"].items()
+        if _matches(name, patterns) and not _matches(name, VOLATILE)
+    }
+    return digest(seals)
+
+
+def explain(old: Recipe, new: Recipe) -> list[str]:
+    """How two recipes of a stage differ, one line for each field."""
+    lines = []
+    if old.version != new.version:
+        lines.append(f"version of the stage: {old.version} -> {new.version}")
+    before, after = dict(_flat(old.config)), dict(_flat(new.config))
+    for name in dict.fromkeys([*before, *after]):
+        left, right = (
+            json.dumps(side[name]) if name in side else "unset" for side in (before, after)
+        )
+        if left != right:
+            lines.append(f"{name}: {left} -> {right}")
+    for name in dict.fromkeys([*old.sources, *new.sources]):
+        if old.sources.get(name) != new.sources.get(name):
+            lines.append(f"{name} changed")
+    for name in dict.fromkeys([*old.inputs, *new.inputs]):
+        if old.inputs.get(name) != new.inputs.get(name):
+            lines.append(f"input {name} changed")
+    return lines
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write all of a file or none of it, and have it on disk."""
+    torn = path.with_name(f".{path.name}.tmp")
+    torn.write_bytes(data)
+    _sync(torn)
+    os.replace(torn, path)
+    _sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def _disk_full_is_said(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
+            raise
+        raise EnvironmentProblem(
+            f"{root}: the disk is full. Everything finished is kept: free some space and run again"
+        ) from error
+
+
+def _reopen(partial: Path) -> None:
+    """Make a work folder ready: torn files go, and the time spent in it so far is kept."""
+    partial.mkdir(exist_ok=True)
+    for torn in list(partial.rglob("*.tmp")):
+        if torn.is_dir():
+            shutil.rmtree(torn, ignore_errors=True)
+        else:
+            torn.unlink(missing_ok=True)
+    sessions = _sessions(partial)
+    (partial / "log").mkdir(exist_ok=True)
+    write_atomic(partial / _SESSIONS, json.dumps([*sessions, [time.time(), None]]).encode())
+
+
+def _sessions(partial: Path) -> list[list[float]]:
+    """[start, end] of each time the folder was worked in.
+
+    A killed process leaves no end; the time of the last write in the folder stands for it.
+    """
+    try:
+        known = json.loads((partial / _SESSIONS).read_bytes())
+    except (OSError, ValueError):
+        return []
+    last = max(path.stat().st_mtime for path in partial.rglob("*"))
+    return [[start, max(start, end if end is not None else last)] for start, end in known]
+
+
+def _seal(work: Work, recipe: Recipe) -> None:
+    shutil.rmtree(work.path / "scratch", ignore_errors=True)
+    seconds = sum(end - start for start, end in _sessions(work.path)[:-1])
+    seconds += time.time() - json.loads((work.path / _SESSIONS).read_bytes())[-1][0]
+    (work.path / MANIFEST).unlink(missing_ok=True)
+    (work.path / _SESSIONS).unlink()
+    files = {}
+    for path in sorted(work.path.rglob("*")):
+        _sync(path)
+        if path.is_file():
+            name = path.relative_to(work.path).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest = {
+        "recipe": asdict(recipe),
+        "digest": recipe.digest,
+        "products": digest_of({"files": files}),
+        "seconds": round(seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "counts": dict(work.counts),
+        "notes": work.notes,
+        "versions": versions(),
+        "files": files,
+    }
+    write_atomic(work.path / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the main packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{name}.")
+        else:
+            yield name, inner

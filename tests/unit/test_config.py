@@ -1,0 +1,241 @@
+"""Configuration files: YAML, overrides, messages, and the way back to YAML."""
+
+from pathlib import Path
+
+import pytest
+
+from scmini.config import Config, DPOConfig, recipe_section
+from scmini.config_file import (
+    config_to_yaml,
+    find_config,
+    load_config,
+    parse_config,
+    shipped_configs,
+)
+from scmini.errors import ConfigError
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "test.yaml", overrides)
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"test.yaml: {len(lines)} to fix"
+    return [line.removeprefix("  ") for line in lines]
+
+
+def refusal(text: str | bytes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "test.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-7", 5e-7),
+        ("1e5", 1e5),
+        ("2E+3", 2000.0),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("3", 3.0),
+    ],
+)
+def test_numbers_are_numbers(text: str, value: float) -> None:
+    assert parse_config(f"dpo: {{learning_rate: {text}}}", "x").dpo.learning_rate == value
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "yes", "on", "off", "y", "n", "2024-01-01", "1:30", "0x10", "1_000"]
+)
+def test_other_plain_words_are_text(text: str) -> None:
+    assert parse_config(f"data: {{format: jsonl, path: {text}}}", "x").data.path == text
+
+
+def test_leading_zero_is_decimal() -> None:
+    assert parse_config("seed: 010", "x").seed == 10
+
+
+@pytest.mark.parametrize("word", ["true", "false"])
+def test_booleans(word: str) -> None:
+    assert parse_config(f"model: {{load_in_4bit: {word}}}", "x").model.load_in_4bit is (
+        word == "true"
+    )
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    found = problems(
+        """
+        seed: true
+        methods: sft
+        dpo: {beta: '0.1', bta: 0.2, label_smoothing: 0.7, loss_type: dpo}
+        sft: {lora_r: 0, num_train_epochs: 0}
+        sample: 3
+        filter: {mode: default, allow_fewer: true, common_subset: true}
+        base: {reward_model: {pairs_per_step: 1.5}}
+        """,
+        "sft.warmup_ratio=2",
+        "nonsense",
+    )
+    assert found == [
+        "--set nonsense: write it as section.key=value",
+        "seed: expected a whole number, got True",
+        "methods: expected a list of text, got 'sft'",
+        "base.reward_model.pairs_per_step: expected a whole number, got 1.5",
+        "sft.num_train_epochs: must be above 0.0, got 0",
+        "sft.warmup_ratio: must be at most 1.0, got 2",
+        "sft.lora_r: must be at least 1, got 0",
+        "sample: expected a section (keys and values), got 3",
+        "filter: allow_fewer and common_subset exclude each other",
+        "dpo.beta: expected a number, got '0.1'",
+        "dpo.loss_type: expected one of sigmoid, ipo, hinge, softmax, got 'dpo'",
+        "dpo.label_smoothing: must be below 0.5, got 0.7",
+        "dpo.bta: no such key; did you mean dpo.beta?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("dpo.bta", "dpo.beta"),
+        ("sft.beta", "dpo.beta"),
+        ("beta", "dpo.beta"),
+        ("dpp", "dpo"),
+        ("sample.max_new_token", "sample.max_new_tokens"),
+        ("base.reward_model.pairs", "base.reward_model.pairs_per_step"),
+        ("embed.encodr", "embed.encoder"),
+    ],
+)
+def test_the_nearest_key_is_named(name: str, meant: str) -> None:
+    assert problems("", f"{name}=1") == [f"{name}: no such key; did you mean {meant}?"]
+
+
+def test_a_key_like_no_other_gets_the_list() -> None:
+    assert problems("", "reference.zzz=1") == [
+        "reference.zzz: no such key; keys here: tokens_per_microbatch"
+    ]
+
+
+def test_unions_give_one_sentence() -> None:
+    assert problems("data: {format: jsonl, path: 3}") == [
+        "data.path: expected text or a list of text or null, got 3"
+    ]
+
+
+def test_fields_that_do_not_fit_together() -> None:
+    assert problems("methods: [self-contrast-64]") == [
+        "methods: self-contrast-64 needs sample.n of at least 64, got 32"
+    ]
+    assert problems("dpo: {loss_type: hinge, label_smoothing: 0.1}") == [
+        "dpo: label_smoothing has no effect with loss_type: hinge"
+    ]
+
+
+@pytest.mark.parametrize("text", [".inf", ".nan", "1e999"])
+def test_numbers_are_finite(text: str) -> None:
+    assert "dpo.beta: must be a finite number" in problems("", f"dpo.beta={text}")[0]
+
+
+def test_overrides_beat_the_file_and_are_yaml() -> None:
+    config = parse_config(
+        "dpo: {beta: 0.3}\nseed: 4",
+        "x",
+        ["dpo.beta=5e-1", "methods=[sft, dpo]", "base.reward_model.learning_rate=1e-4"],
+    )
+    assert (config.dpo.beta, config.seed, config.methods) == (0.5, 4, ["sft", "dpo"])
+    assert config.base.reward_model.learning_rate == 1e-4
+
+
+def test_an_override_may_make_a_key_of_the_file_pointless(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = parse_config("filter: {keep_fraction: 0.5}", "x", ["filter.mode=all"])
+    assert config.filter.mode == "all"
+    assert "left out filter.keep_fraction" in capsys.readouterr().err
+    both = problems("", "filter.mode=all", "filter.keep_fraction=0.5")
+    assert both == ["filter: keep_fraction has no effect with mode: all"]
+    assert problems("filter: {keep_fraction: 0.5, mode: all}", "seed=3") == both
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nseed: 2", "test.yaml: line 2: key 'seed' is given twice"),
+        ("sft: {lora_r: 1, lora_r: 2}", "test.yaml: line 1: key 'lora_r' is given twice"),
+        ("a: &x [1]\nb: *x", "test.yaml: line 2: aliases (*name) are not allowed"),
+        ("1: 2", "test.yaml: line 1: a key must be text, got '1'"),
+        ("[1]: 2", "test.yaml: line 1: a key must be text, got None"),
+        ("- seed", "test.yaml: expected sections (keys and values), got list"),
+        ("seed: 1\n bad: [", "test.yaml, line 2: mapping values are not allowed here"),
+        (
+            "seed: !!python/object/apply:os.getcwd []",
+            "test.yaml, line 1: could not determine a constructor",
+        ),
+        ("[" * 5000, "test.yaml: nested too deeply"),
+        (b"seed: \xff", "test.yaml: "),
+        ("a: 1\n---\nb: 1", "test.yaml, line 2: but found another document"),
+    ],
+)
+def test_what_is_refused(text: str | bytes, said: str) -> None:
+    message = refusal(text)
+    assert message.startswith(said)
+    assert "\n" not in message
+
+
+def test_large_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    path.write_text("# " + "x" * (1 << 20))
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        load_config(str(path), [])
+
+
+def test_an_empty_file_is_all_defaults() -> None:
+    assert parse_config("", "x") == Config()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("demoo", "did you mean demo"),
+        ("a/b.yaml", "a/b.yaml: no such file"),
+        ("zzz", "shipped are: demo"),
+    ],
+)
+def test_a_wrong_name(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        find_config(name)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_shipped_configurations_survive_the_way_to_yaml_and_back(name: str) -> None:
+    config = load_config(name, [])
+    text = config_to_yaml(config)
+    again = parse_config(text, "again")
+    assert again == config
+    assert config_to_yaml(again) == text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["embed.encoder=some/model"],
+        ["embed.dimensions=64"],
+        ["filter.mode=lastdedup-50"],
+        ["data.format=jsonl", "data.path=no", "reward.model_name_or_path='1e5'"],
+        ["data.format=jsonl", "data.path=[a, 'true']", "data.max_prompt_chars=10"],
+        ["model.model_name_or_path=m", "model.revision='12'"],
+    ],
+)
+def test_the_way_to_yaml_and_back(overrides: list[str]) -> None:
+    config = parse_config("", "x", overrides)
+    text = config_to_yaml(config)
+    assert parse_config(text, "again") == config
+    keys = {line.split(":")[0] for line in text.splitlines() if not line.startswith((" ", "-"))}
+    assert keys == set(Config.model_fields)
+    assert ("dimensions" in text) == (config.embed.encoder == "hashed-ngrams")
+
+
+def test_machine_keys_stay_out_of_recipes() -> None:
+    section = recipe_section(DPOConfig())
+    assert "beta" in section
+    assert not {"tokens_per_microbatch", "save_steps", "report_to"} & set(section)
