@@ -1,8 +1,8 @@
 """From messages to token ids, the same way in every stage.
 
-A prompt is what the tokenizer's chat template writes, up to the point where the assistant speaks. An
-answer is tokenised on its own and closed by the end token, so its ids do not depend on what stands
-before it: the ids that a sampler produced can be trained and scored as they are.
+A prompt is what the tokenizer's chat template writes, up to the point where the assistant speaks.
+An answer is tokenised on its own and closed by the end token, so its ids do not depend on what
+stands before it: the ids that a sampler produced can be trained and scored as they are.
 """
 
 from typing import Any, Literal
@@ -29,8 +29,8 @@ def check_tokenizer(tokenizer: Any) -> None:
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant's next answer begins.
 
-    There is one BOS at the start if the template or the tokenizer writes one, and never two. Earlier
-    answers are tokenised on their own where the template leaves them as they are.
+    There is one BOS at the start if the template or the tokenizer writes one, and never two.
+    Earlier answers are tokenised on their own where the template leaves them as they are.
 
     Args:
         messages: turns of which the last is not the assistant's.
@@ -66,8 +66,8 @@ def conversation_ids(
         that `prompt_ids` gives for the turns before it.
 
     Raises:
-        DataError: as `prompt_ids`; and for "all" if the template rewrites earlier answers, or closes
-            them with another token than the end token.
+        DataError: as `prompt_ids`; and for "all" if the template rewrites earlier answers, or
+            closes them with another token than the end token.
     """
     answer = response_ids(tokenizer, target)
     if loss_on == "last":
@@ -94,8 +94,8 @@ def fit(prompt_ids: list[int], response_len: int, max_length: int) -> list[int]:
     room = max_length - response_len
     if room < 1:
         raise DataError(
-            f"a response of {response_len} tokens does not fit into model.max_length: {max_length}; "
-            "raise it, or drop such rows with data.max_target_chars"
+            f"a response of {response_len} tokens does not fit into model.max_length: "
+            f"{max_length}; raise it, or drop such rows with data.max_target_chars"
         )
     return prompt_ids[-room:]
 
@@ -109,7 +109,7 @@ def _render(tokenizer: Any, messages: list[Message]) -> str:
     from jinja2 import TemplateError
 
     if not messages or messages[-1]["role"] == "assistant":
-        raise DataError("a prompt needs at least one message, and the last may not be the assistant's")
+        raise DataError("a prompt needs a message, and the last may not be the assistant's")
     try:
         return str(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -117,14 +117,15 @@ def _render(tokenizer: Any, messages: list[Message]) -> str:
     except (TemplateError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles}: {error}"
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles}: "
+            f"{error}"
         ) from None
 
 
 def _pieces(tokenizer: Any, messages: list[Message]) -> list[str]:
     """The rendered prompt cut at the earlier answers: template text, answer, template text, ...
 
-    Joined, they are the rendered text; each even piece ends where `prompt_ids` of the turns so far does.
+    Joined, they are the rendered text; each even piece ends where that of the turns so far does.
     """
     whole = _render(tokenizer, messages)
     pieces, at = [], 0
@@ -177,9 +178,9 @@ def _mask(tokenizer: Any, pieces: list[str], length: int) -> list[bool]:
     for number in range(2, len(tokens), 2):
         if tokens[number][:1] != [tokenizer.eos_token_id]:
             raise DataError(
-                f"the chat template does not close an answer with the end token {tokenizer.eos_token!r}, "
-                f"but goes on with {pieces[number][:20]!r}; use sft.loss_on: last, or make the closing "
-                "token the tokenizer's eos_token"
+                "the chat template does not close an answer with the end token "
+                f"{tokenizer.eos_token!r}, but goes on with {pieces[number][:20]!r}; use "
+                "sft.loss_on: last, or make the closing token the tokenizer's eos_token"
             )
     mask = []
     for number, piece in enumerate(tokens):

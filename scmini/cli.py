@@ -43,7 +43,7 @@ def _with_hint(message: str) -> str:
     unknown = re.match(r"unrecognized arguments: (\S+)", message)
     if unknown:
         word = unknown[1].partition("=")[0]
-        near = difflib.get_close_matches(word, _flags(_parser()), n=1)
+        near = difflib.get_close_matches(word, _flags(build_parser()), n=1)
         return f"{message}; did you mean {near[0]}?" if near else message
     return message
 
@@ -59,7 +59,7 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
-def _parser() -> _Parser:
+def build_parser() -> _Parser:
     parser = _Parser(
         prog="scmini",
         description="Self-Contrast alignment on one GPU, from raw data to the figure.",
@@ -131,7 +131,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do one command; returns the exit code."""
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = build_parser().parse_args(argv)
         command = {"run": _run, "status": _status, "config": _config}[arguments.command]
         command(arguments)
         sys.stdout.flush()

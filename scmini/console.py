@@ -171,11 +171,11 @@ class Display:
             self.line(f"{label}: starts")
 
     def finish(self, label: str, text: str) -> None:
-        """A task ended; `text` says how."""
+        """A task ended; `text` says how. Its bar becomes a line, so that the view never outgrows
+        the screen."""
         if self._rich is not None and label in self._bars:
-            self._rich.update(self._bars[label], total=1, completed=1, text=clean(text))
-        else:
-            self.line(f"{label}: {text}")
+            self._rich.remove_task(self._bars.pop(label))
+        self.line(f"{label}: {text}")
 
     def progress(self, label: str, event: Mapping[str, Any]) -> None:
         """A progress event of a task."""
@@ -199,7 +199,7 @@ def _rich_progress() -> Any:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     return Progress(
-        SpinnerColumn(finished_text="+"),
+        SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         TextColumn("{task.fields[text]}", markup=False),

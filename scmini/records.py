@@ -186,7 +186,8 @@ def _reward(row: dict[str, Any]) -> Reward:
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    found, seen = [], {}
+    found: list[Any] = []
+    seen: dict[str, int] = {}
     for number, row in read_jsonl(path):
         try:
             record = parse(row)

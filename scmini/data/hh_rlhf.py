@@ -8,6 +8,7 @@ reason out of `REASONS`.
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from scmini.data.readers import Drop, read_rows, row_id, text_field
@@ -56,7 +57,7 @@ def parse_transcript(text: str) -> list[Message]:
     texts = [content.strip() for content in rest[1::2]]
     if before.strip() or roles[:1] != ["user"]:
         raise OddTranscript(NOT_HUMAN_FIRST)
-    if any(role == following for role, following in zip(roles, roles[1:], strict=False)):
+    if any(role == following for role, following in pairwise(roles)):
         raise OddTranscript(REPEATED_ROLE)
     if roles[-1] != "assistant":
         raise OddTranscript(NOT_ASSISTANT_LAST)
@@ -94,7 +95,8 @@ def read_hh_rlhf(paths: Iterable[Path], drop: Drop) -> Iterator[Example]:
     """
     for path in paths:
         for number, row in read_rows(path):
-            chosen, rejected = (text_field(path, number, row, key) for key in ("chosen", "rejected"))
+            chosen = text_field(path, number, row, "chosen")
+            rejected = text_field(path, number, row, "rejected")
             try:
                 yield parse_row(row_id(path, number), chosen, rejected)
             except OddTranscript as odd:

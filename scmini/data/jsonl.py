@@ -1,4 +1,4 @@
-"""Rows of the shape of data/train.jsonl: {"prompt": messages or text, "target", "rejected"?, "id"?}."""
+"""Rows like data/train.jsonl: {"prompt": messages or text, "target", "rejected"?, "id"?}."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,7 +43,9 @@ def _example(path: Path, number: int, row: dict[str, Any]) -> Example:
     id = text_field(path, number, row, "id") if "id" in row else row_id(path, number)
     rejected = row.get("rejected", [])
     if not isinstance(rejected, list) or not all(isinstance(text, str) for text in rejected):
-        raise RecordError(path, number, f"field 'rejected': expected a list of texts, got {rejected!r:.80}")
+        raise RecordError(
+            path, number, f"field 'rejected': expected a list of texts, got {rejected!r:.80}"
+        )
     target = text_field(path, number, row, "target")
     return Example(id, _prompt(path, number, row.get("prompt")), target, rejected)
 
@@ -53,7 +55,7 @@ def _prompt(path: Path, number: int, prompt: Any) -> list[Message]:
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
         raise RecordError(
-            path, number, f"field 'prompt': expected a text or a list of messages, got {prompt!r:.80}"
+            path, number, f"field 'prompt': expected text or a list of messages, got {prompt!r:.80}"
         )
     for message in prompt:
         if (

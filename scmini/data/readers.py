@@ -45,7 +45,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
-            for number, raw in enumerate(handle, start=1):  # noqa: B007 (named in the error below)
+            for number, raw in enumerate(handle, start=1):
                 yield number, raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
@@ -67,7 +67,7 @@ def _row(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise RecordError(path, number, f"expected an object, got {type(row).__name__}")
     if "\\ud" in text.lower() and _has_lone_surrogate(row):
-        raise RecordError(path, number, "an escape \\ud... without its other half is not a character")
+        raise RecordError(path, number, "an escape \\ud... lacks its other half")
     return row
 
 

@@ -16,7 +16,7 @@ LEAKED = "prompt is already in the test split"
 def within_limits(
     examples: Iterable[Example], max_prompt: int | None, max_target: int | None, drop: Drop
 ) -> list[Example]:
-    """The examples whose prompt (all messages together) and target have at most so many characters."""
+    """The examples whose prompt (all its messages) and target have at most so many characters."""
     found = []
     for example in examples:
         if max_prompt is not None and sum(len(m["content"]) for m in example.prompt) > max_prompt:
@@ -52,8 +52,8 @@ def split(
         by_prompt.setdefault(prompt_digest(example.prompt), []).append(example)
     if len(by_prompt) <= num_test:
         raise DataError(
-            f"the data has {len(by_prompt)} usable prompts, and data.num_test: {num_test} leaves none "
-            "to train on; lower it, or give more data"
+            f"the data has {len(by_prompt)} usable prompts, and data.num_test: {num_test} leaves "
+            "none to train on; lower it, or give more data"
         )
     groups = [by_prompt[key] for key in sorted(by_prompt)]
     for group in groups[:num_test]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 ATTRIBUTES = ("sound", "food", "home", "colour")
@@ -88,7 +88,7 @@ _SPLIT_OF_BUCKET = ("test", "test", "validation") + ("train",) * 7
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: an animal, some of its attributes, a manner, a layout, and one of the wordings."""
+    """What is asked: an animal, some of its attributes, a manner, a layout, and how it is put."""
 
     animal: str
     attributes: tuple[str, ...]
@@ -223,7 +223,7 @@ def _wrong_fact(draft: _Draft, rng: random.Random) -> _Draft:
     at = rng.randrange(len(draft.facts))
     attribute, value = draft.facts[at]
     wrong = rng.choice([v for v in VALUES[attribute] if v != value])
-    facts = draft.facts[:at] + ((attribute, wrong),) + draft.facts[at + 1 :]
+    facts = (*draft.facts[:at], (attribute, wrong), *draft.facts[at + 1 :])
     return replace(draft, facts=facts)
 
 
@@ -343,8 +343,9 @@ def examples(seed: int, split: str, num: int, flaw_share: float) -> list[dict[st
 # ---------------------------------------------------------------- the grader
 
 
-def _one_of(words: object) -> str:
-    return "(?:" + "|".join(re.escape(str(w)) for w in words) + ")"  # type: ignore[attr-defined]
+def _one_of(words: Iterable[str]) -> str:
+    """A pattern that matches any of the words."""
+    return "(?:" + "|".join(re.escape(word) for word in words) + ")"
 
 
 _CLAUSE = _one_of(_VERBS[a] + v for a in ATTRIBUTES for v in VALUES[a])

@@ -154,9 +154,12 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _with_interval(
-    row: Mapping[str, Any], key: str, scale: float, digits: int
-) -> tuple[str, str]:
+def cores(number: int) -> str:
+    """1 core, 2 cores."""
+    return f"{number} core" if number == 1 else f"{number} cores"
+
+
+def _with_interval(row: Mapping[str, Any], key: str, scale: float, digits: int) -> tuple[str, str]:
     low, high = row[f"{key}_ci95"]
     interval = f"{number(scale * low, digits)} to {number(scale * high, digits)}"
     return number(scale * row[key], digits), "" if low == high else interval

@@ -22,6 +22,8 @@ Compare = Callable[[str, str], Comparison]
 """(method a, method b) -> a minus b."""
 Rows = Mapping[str, Mapping[str, Any]]
 """Method -> its row of results.json."""
+Remark = tuple[str, str]
+"""What a paragraph is about, in a word or two, and the paragraph."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,16 @@ def by_k(methods: Iterable[str]) -> list[str]:
 
 def measured(comparison: Comparison, unit: Unit) -> str:
     """The difference in mean reward with its interval: "+7.1, interval +6.0 to +8.2"."""
-    low, high = (unit.signed(x) for x in comparison.ci95)
-    return f"{unit.signed(comparison.difference)}, interval {low} to {high}"
+    digits = unit.digits
+    if comparison.sign:  # a bound that is not 0 must not be printed as 0.0
+        nearest = unit.scale * min(abs(bound) for bound in comparison.ci95)
+        while round(nearest, digits) == 0 and digits < 9:
+            digits += 1
+    middle, low, high = (
+        number(unit.scale * x, digits, signed=True)
+        for x in (comparison.difference, *comparison.ci95)
+    )
+    return f"{middle}, interval {low} to {high}"
 
 
 def sentence(comparison: Comparison, unit: Unit) -> str:
@@ -119,8 +129,8 @@ def rivals(methods: Sequence[str]) -> list[str]:
     return [name for name in candidates if name in methods and name != main]
 
 
-def caveats(rows: Rows, compare: Compare, unit: Unit, facts: Mapping[str, Any]) -> list[str]:
-    """What the numbers do not show: one paragraph each.
+def caveats(rows: Rows, compare: Compare, unit: Unit, facts: Mapping[str, Any]) -> list[Remark]:
+    """What the numbers show beyond the headline, and what they do not: one paragraph each.
 
     Args:
         rows: results of all methods, `targets` among them.
@@ -129,7 +139,7 @@ def caveats(rows: Rows, compare: Compare, unit: Unit, facts: Mapping[str, Any]) 
             "sft_continued_learning_rate", "num_runs", "seeds" (bool: runs differ in their seed).
     """
     main = main_method(rows)
-    found = [
+    found: list[Remark] = [
         *_about_labels(rows, compare, unit, main),
         *_about_temperature(rows, compare, unit, main, facts),
         *_about_control(rows, compare, unit, main, facts),
@@ -144,17 +154,20 @@ def caveats(rows: Rows, compare: Compare, unit: Unit, facts: Mapping[str, Any]) 
         )
     else:
         spread = "of one run. What training again with another seed would change is not in them."
-    found.append(f"Intervals: they are over prompts and sampled answers, {spread}")
+    found.append(("Intervals", f"They are over prompts and sampled answers, {spread}"))
     if facts["toy"]:
         found.append(
-            "The demo is a toy: a model of about a million parameters, trained on the spot on "
-            "short answers about animals and graded by a program. It shows every stage at work; "
-            "it does not reproduce the results of the paper."
+            (
+                "A toy",
+                "The demo is a model of about a million parameters, trained on the spot on short "
+                "answers about animals and graded by a program. It shows every stage at work; it "
+                "does not reproduce the results of the paper.",
+            )
         )
     return found
 
 
-def _about_labels(rows: Rows, compare: Compare, unit: Unit, main: str) -> list[str]:
+def _about_labels(rows: Rows, compare: Compare, unit: Unit, main: str) -> list[Remark]:
     if "dpo" not in rows or main == "dpo":
         return []
     found = compare(main, "dpo")
@@ -164,21 +177,24 @@ def _about_labels(rows: Rows, compare: Compare, unit: Unit, main: str) -> list[s
         -1: "Where such labels exist, they are the better negatives here.",
     }[found.sign]
     return [
-        f"Labels: dpo learns from bad answers that the data set names; {main} needs none. "
-        f"{sentence(found, unit)} {end}"
+        (
+            "Labels",
+            f"dpo learns from bad answers that the data set names; {main} needs none. "
+            f"{sentence(found, unit)} {end}",
+        )
     ]
 
 
 def _about_temperature(
     rows: Rows, compare: Compare, unit: Unit, main: str, facts: Mapping[str, Any]
-) -> list[str]:
-    paragraphs = []
+) -> list[Remark]:
+    paragraphs: list[Remark] = []
     for name in rows:
         if not name.startswith("sft-temperature-"):
             continue
         reached = unit.number(rows[name]["mean_reward"])
         text = (
-            f"Temperature: the plain sft model sampled at T = {name.rsplit('-', 1)[1]}, with no "
+            f"The plain sft model sampled at T = {name.rsplit('-', 1)[1]}, with no "
             f"further training, reaches {reached}; all other rows are sampled at "
             f"T = {facts['temperature']:g}. {sentence(compare(name, main), unit)}"
         )
@@ -188,38 +204,44 @@ def _about_temperature(
                 "them without any training; what the trained rows gain shows only at a temperature "
                 "that leaves room for it."
             )
-        paragraphs.append(text)
+        paragraphs.append(("Temperature", text))
     return paragraphs
 
 
 def _about_control(
     rows: Rows, compare: Compare, unit: Unit, main: str, facts: Mapping[str, Any]
-) -> list[str]:
+) -> list[Remark]:
     if "sft-continued" not in rows or main == "sft-continued":
         return []
     rate = facts["sft_continued_learning_rate"]
     return [
-        "More SFT: sft-continued spends its further steps on the targets alone, at one learning "
-        f"rate, {rate:g}. {sentence(compare(main, 'sft-continued'), unit)}"
+        (
+            "More SFT",
+            "sft-continued spends its further steps on the targets alone, at one learning rate, "
+            f"{rate:g}. {sentence(compare(main, 'sft-continued'), unit)}",
+        )
     ]
 
 
-def _about_filter(rows: Rows, compare: Compare, unit: Unit) -> list[str]:
+def _about_filter(rows: Rows, compare: Compare, unit: Unit) -> list[Remark]:
     both = [name for name in by_k(rows) if f"{name}-unfiltered" in rows]
     return [
-        f"The similarity filter: {name}-unfiltered draws its negatives without it. "
-        f"{sentence(compare(name, f'{name}-unfiltered'), unit)}"
+        (
+            "The similarity filter",
+            f"{name}-unfiltered draws its negatives without it. "
+            f"{sentence(compare(name, f'{name}-unfiltered'), unit)}",
+        )
         for name in both
     ]
 
 
-def _about_k(rows: Rows, compare: Compare, unit: Unit) -> list[str]:
+def _about_k(rows: Rows, compare: Compare, unit: Unit) -> list[Remark]:
     names = by_k(rows)
     steps = [sentence(compare(more, fewer), unit) for fewer, more in pairwise(names)]
-    return [f"More negatives: {' '.join(steps)}"] if steps else []
+    return [("More negatives", " ".join(steps))] if steps else []
 
 
-def _about_win_rate(rows: Rows, main: str) -> list[str]:
+def _about_win_rate(rows: Rows, main: str) -> list[Remark]:
     row = rows[main]
     low, high = row["win_rate_ci95"]
     rate = f"{number(row['win_rate'])} % ({number(low)} to {number(high)})"
@@ -229,13 +251,13 @@ def _about_win_rate(rows: Rows, main: str) -> list[str]:
         if low > 50 or high < 50
         else "is not told apart from 50 %"
     )
-    text = f"Win rate: that of {main} over the targets, {rate}, {verdict}."
+    text = f"That of {main} over the targets, {rate}, {verdict}."
     if row["ties"] >= 0.2:
         text += (
             f" {number(100 * row['ties'], 0)} % of its answers tie with the target and count half, "
             "so win rates lie close together; the mean reward tells methods apart better."
         )
-    return [text]
+    return [("Win rate", text)]
 
 
 def _listed(items: Sequence[str], word: str = "and") -> str:

@@ -5,7 +5,7 @@ function goes with it, so transformers builds no mask. The tree travels as a for
 model, decoder layer and attention module to the function.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,14 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: q [1, Hq, T, Dh], k and v [1, Hkv, T, Dh] -> [1, T, Hq, Dh]."""
+    """q [1, Hq, T, Dh], k and v [1, Hkv, T, Dh] -> [1, T, Hq, Dh], as transformers calls it."""
     if tree is None:
         raise ScminiError(
             f"attention {NAME!r} was called without a tree: score with "
             "scmini.models.attention.hidden_states, generate with set_attn_implementation('sdpa')"
         )
     if attention_mask is not None:
-        raise ScminiError(f"attention {NAME!r} takes no attention_mask: the tree says who sees whom")
+        raise ScminiError(f"attention {NAME!r} takes no attention_mask: the tree is all it needs")
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ConfigError(
@@ -49,7 +49,8 @@ def _attention(
             )
     if dropout:
         raise ConfigError(
-            f"the model's attention_dropout is {dropout}: sequences that share a prefix would share "
+            f"the model's attention_dropout is {dropout}: sequences with a common prefix "
+            "would share "
             "its dropout; set attention_dropout to 0 in the model's config.json"
         )
     out = tree_attention(
@@ -63,7 +64,9 @@ AttentionInterface.register(NAME, _attention)
 
 def plain_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model (adapter layers in place); others as they are."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = cast(Any, model).get_base_model()
     assert isinstance(inner, PreTrainedModel), type(inner)
     return inner
 
@@ -141,12 +144,12 @@ def _switch_attention(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != NAME:
         raise ConfigError(
             f"{type(model).__name__} does not take its attention from transformers' "
-            "AttentionInterface; choose another model.model_name_or_path (Llama, Mistral, Qwen, Gemma-2)"
+            "AttentionInterface; choose another model.model_name_or_path (Llama, Mistral, Qwen)"
         )
 
 
 def _logit_scale(config: Any) -> float:
-    """Factor on the logits: Cohere multiplies (`logit_scale`), Granite divides (`logits_scaling`)."""
+    """Factor on the logits: Cohere's `logit_scale`, or 1 over Granite's `logits_scaling`."""
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return float(scale or 1.0) / float(divisor or 1.0)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,7 +27,7 @@ from transformers import (
 
 from scmini.config import Config, ModelConfig, SFTConfig
 from scmini.errors import ConfigError, DataError, EnvironmentProblem
-from scmini.models.attention import output_head
+from scmini.models.attention import output_head, plain_model
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
@@ -59,7 +59,9 @@ def model_source(config: Config, inputs: dict[str, Path]) -> str:
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or adapter folder; see `load_base` for errors."""
     with _reading(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=revision
+        )
     return tokenizer
 
 
@@ -98,7 +100,7 @@ def load_base(config: ModelConfig, source: str) -> PreTrainedModel:
 
 
 def fresh_adapter(config: ModelConfig, source: str, sft: SFTConfig, seed: int) -> PeftModel:
-    """A new trainable LoRA adapter (float32) on the frozen base model; B is 0, so it changes nothing.
+    """A new trainable LoRA adapter (float32) on the frozen base model. B is 0: it changes nothing.
 
     A depends on the seed alone. Raises ConfigError where `sft.lora_target_modules` fits no layer,
     or names lm_head.
@@ -117,7 +119,7 @@ def fresh_adapter(config: ModelConfig, source: str, sft: SFTConfig, seed: int) -
             model = get_peft_model(base, lora)
         except ValueError as error:
             raise ConfigError(f"sft.lora_target_modules: {error}") from None
-    output_head(model.get_base_model())
+    output_head(plain_model(model))
     return model
 
 
@@ -134,18 +136,8 @@ def load_policy(
     Raises:
         DataError: the folder is no safetensors adapter, or does not fit this base model.
     """
-    if adapter is None:
-        return load_base(config, source)
-    rank = _check_adapter_folder(adapter)
     base = load_base(config, source)
-    try:
-        with quietly():
-            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        raise DataError(_misfit(adapter, source, f"rank {rank}: {error}")) from None
-    _check_all_loaded(model, adapter, source)
-    output_head(model.get_base_model())
-    return model if trainable else model.eval()
+    return base if adapter is None else _attach(base, source, adapter, trainable=trainable)
 
 
 def load_for_generation(config: ModelConfig, source: str, adapter: Path | None) -> PreTrainedModel:
@@ -155,15 +147,17 @@ def load_for_generation(config: ModelConfig, source: str, adapter: Path | None) 
     adapter away, so it stays beside the weights. On the CPU, where every NF4 product would decode
     its weights anew for each token, they are decoded once.
     """
-    model = load_policy(config, source, adapter, trainable=False)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if config.load_in_4bit and inner.device.type == "cpu":
-        _decode_once(inner)
-    quantised = config.load_in_4bit and inner.device.type != "cpu"
-    if isinstance(model, PeftModel) and config.dtype == "float32" and not quantised:
-        inner = model.merge_and_unload()
-    inner.config.use_cache = True
-    return inner.eval()
+    model = load_base(config, source)
+    quantised = config.load_in_4bit
+    if quantised and model.device.type == "cpu":
+        _decode_once(model)
+        quantised = False
+    if adapter is not None:
+        policy = _attach(model, source, adapter, trainable=False)
+        merge = config.dtype == "float32" and not quantised
+        model = plain_model(cast(Any, policy).merge_and_unload() if merge else policy)
+    model.config.use_cache = True
+    return model.eval()
 
 
 def save_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -191,11 +185,24 @@ def enable_checkpointing(model: Policy) -> None:
 
     Non-reentrant, so that frozen embeddings need no artificial gradient.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = plain_model(model)
     with quietly():
-        inner.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _attach(base: PreTrainedModel, source: str, adapter: Path, *, trainable: bool) -> PeftModel:
+    """The base model with an adapter on it, checked to be its own."""
+    rank = _check_adapter_folder(adapter)
+    try:
+        with quietly():
+            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+    except SafetensorError as error:
+        raise DataError(f"{adapter / ADAPTER_WEIGHTS}: {error}") from None
+    except (RuntimeError, ValueError) as error:
+        raise DataError(_misfit(adapter, source, f"rank {rank}: {error}")) from None
+    _check_all_loaded(model, adapter, source)
+    output_head(plain_model(model))
+    return model if trainable else model.eval()
 
 
 def _keep_linear4bit_layout(model: nn.Module) -> None:
@@ -206,17 +213,16 @@ def _keep_linear4bit_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def _decode_once(model: PreTrainedModel) -> None:
-    """Replace every NF4 layer by a Linear of the same values (as the base layer of its adapter too)."""
+    """Replace every NF4 layer by a Linear of the same values."""
     import bitsandbytes as bnb
 
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    kind: Any = bnb.nn.modules.Linear4bit
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
     for name, module in found:
-        if module.__class__ is not bnb.nn.Linear4bit:
-            continue  # PEFT's wrapper; its base layer is in the list
         weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         plain = nn.Linear(1, 1, bias=False, device="meta")
         plain.in_features, plain.out_features = module.in_features, module.out_features
@@ -224,6 +230,10 @@ def _decode_once(model: PreTrainedModel) -> None:
         plain.bias = module.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
+    # PEFT and transformers must no longer take it for a quantised model.
+    inner: Any = model
+    inner.is_loaded_in_4bit = inner.is_quantized = False
+    del model.config.quantization_config
 
 
 def _check_adapter_folder(adapter: Path) -> int:
@@ -239,11 +249,8 @@ def _check_adapter_folder(adapter: Path) -> int:
 
 def _check_all_loaded(model: PeftModel, adapter: Path, source: str) -> None:
     """PEFT passes over weights that fit no layer; here that is an error."""
-    try:
-        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-            stored = set(file.keys())
-    except SafetensorError as error:
-        raise DataError(f"{adapter / ADAPTER_WEIGHTS}: {error}") from None
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if stored != expected:
         example = sorted(stored ^ expected)[0]
@@ -273,8 +280,8 @@ def _reading(source: str) -> Iterator[None]:
         if Path(source).is_dir():
             raise DataError(
                 f"{KEY}: {source} does not hold a model with config.json, safetensors weights and "
-                f"tokenizer ({reason}); weights in other formats can be converted with transformers' "
-                "save_pretrained"
+                f"tokenizer ({reason}); other weights can be "
+                "converted with transformers' save_pretrained"
             ) from None
         raise EnvironmentProblem(
             f"{KEY}: {source} could not be fetched from the Hugging Face hub ({reason}); check the "

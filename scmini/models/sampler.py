@@ -45,7 +45,7 @@ class TransformersSampler:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.decoding, self.max_length = decoding, max_length
-        named = getattr(model.generation_config, "eos_token_id", None)
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
         self._ends = torch.tensor(sorted(ends), device=model.device)
 
@@ -70,7 +70,8 @@ class TransformersSampler:
         """
         answers: list[list[Response]] = [[] for _ in prompts]
         for batch in self._batches(prompts, n):
-            drawn = self._decode([prompts[item] for item in batch.items], batch.first, batch.count, seed)
+            chosen = [prompts[item] for item in batch.items]
+            drawn = self._decode(chosen, batch.first, batch.count, seed)
             for number, response in enumerate(drawn):
                 answers[batch.items[number // batch.count]].append(response)
             if on_batch:
@@ -128,7 +129,7 @@ class TransformersSampler:
         drawn = np.empty((len(ids), count, steps), dtype=np.float32)
         for number, id in enumerate(ids):
             generator = numpy_rng(seed, "answers", id)
-            generator.bit_generator.advance(first * width)
+            generator.random((first, width))  # those of the answers before
             drawn[number] = generator.random((count, width))[:, :steps]
         uniforms = torch.from_numpy(drawn).clamp_(max=_BELOW_ONE)
         return uniforms.flatten(0, 1).to(self.model.device)
@@ -227,7 +228,7 @@ class _Rows:
 
     def _select(self, rows: torch.Tensor) -> None:
         self._cache.batch_select_indices(rows)
-        self._position = self._position[rows]
+        pass
         if self._mask is not None:
             self._mask = self._mask[rows]
 
@@ -249,47 +250,49 @@ class _Rows:
 def _cache(model: PreTrainedModel) -> DynamicCache:
     """The model's own kind of cache, its plain layers replaced by ones with spare room."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    kinds = [type(layer) for layer in cache.layers]
+    for number, kind in enumerate(kinds):
+        if kind is DynamicLayer:
+            cache.layers[number] = _RoomyLayer()
     return cache
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values as views of buffers with room for more positions, so a token is written in place."""
+    """Keys and values in buffers with room for more positions, so a token is written in place."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self._store(key_states[:, :, :0], value_states[:, :, :0], key_states.shape[-2])
+        self._buffers = [key_states[:, :, :0], value_states[:, :, :0]]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[-2]
+        start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self._buffers[0].shape[-2]:
-            self._store(self.keys, self.values, key_states.shape[-2])
+            self._move(start, end + _SPARE, None)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
+        return self._show(end)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._store(self.keys, self.values, 1, indices)
+        length = self.get_seq_length()
+        self._move(length, length + _SPARE, indices)
+        self._show(length)
 
-    def _store(
-        self, keys: torch.Tensor, values: torch.Tensor, more: int, rows: torch.Tensor | None = None
-    ) -> None:
-        """Move keys and values [rows, heads, positions, width] to new buffers, with room for more."""
-        buffers = []
-        for states in (keys, values):
-            count, heads, length, width = states.shape
-            count = count if rows is None else len(rows)
-            buffer = states.new_empty(count, heads, length + more + _SPARE, width)
+    def _move(self, length: int, capacity: int, rows: torch.Tensor | None) -> None:
+        """Take some rows (all if None) of [rows, heads, positions, width] to larger buffers."""
+        for number, old in enumerate(self._buffers):
+            count = len(old) if rows is None else len(rows)
+            new = old.new_empty(count, old.shape[1], capacity, old.shape[3])
             if rows is None:
-                buffer[:, :, :length] = states
+                new[:, :, :length] = old[:, :, :length]
             else:
-                torch.index_select(states, 0, rows, out=buffer[:, :, :length])
-            buffers.append(buffer)
-        self._buffers = tuple(buffers)
+                torch.index_select(old[:, :, :length], 0, rows, out=new[:, :, :length])
+            self._buffers[number] = new
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        return self.keys, self.values

@@ -18,7 +18,7 @@ from scmini.errors import DataError
 from scmini.records import Example, Message, write_examples, write_jsonl
 from scmini.store import Work
 
-ZOO_FLAWED_TARGETS = 0.25
+ZOO_FLAWED_TARGETS = 0.30
 """Share of the demo's targets with flaws: human targets have them too."""
 ZOO_CAREFUL_DIALOGUES = 0.65
 """Share of careful answers in what the demo's base model reads."""
@@ -27,7 +27,7 @@ ZOO_NUM_TRAIN = 3072
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Write train.jsonl and test.jsonl, and for the stage `base` corpus.jsonl and preferences.jsonl.
+    """Write train.jsonl and test.jsonl, and corpus.jsonl and preferences.jsonl where they are read.
 
     Raises:
         DataError: a file is missing or damaged, or too few rows remain.
@@ -52,7 +52,8 @@ Sides = tuple[list[Example], list[Example], Iterable[list[Message]]]
 
 def _zoo(config: Config) -> Sides:
     seed, data = config.seed, config.data
-    train = _examples(zoo.examples(seed, "train", data.num_train or ZOO_NUM_TRAIN, ZOO_FLAWED_TARGETS))
+    num_train = data.num_train or ZOO_NUM_TRAIN
+    train = _examples(zoo.examples(seed, "train", num_train, ZOO_FLAWED_TARGETS))
     test = _examples(zoo.examples(seed, "test", data.num_test, ZOO_FLAWED_TARGETS))
     shared = {prompt_digest(e.prompt) for e in train} & {prompt_digest(e.prompt) for e in test}
     if shared:
@@ -67,7 +68,8 @@ def _examples(rows: list[dict[str, Any]]) -> list[Example]:
 
 
 def _from_files(data: DataConfig, work: Work) -> Sides:
-    paths = [Path(path) for path in ([data.path] if isinstance(data.path, str) else data.path or [])]
+    named = [data.path] if isinstance(data.path, str) else data.path or []
+    paths = [Path(path) for path in named]
     reader = read_hh_rlhf if data.format == "hh-rlhf" else read_examples_jsonl
     usable = within_limits(
         _with_distinct_ids(reader(paths, work.count)),

@@ -19,7 +19,7 @@ TOO_LONG = "response longer than model.max_length"
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Train on pairs/<method>.jsonl; writes adapter/, checkpoint-N/, metrics.jsonl, trainer_state.json."""
+    """Train on pairs/<method>.jsonl; writes what `train` does, with the weights in adapter/."""
     assert work.method is not None
     adapter = inputs["sft"] / "adapter"
     tokenizer = loading.load_tokenizer(str(adapter))

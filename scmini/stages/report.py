@@ -255,7 +255,7 @@ def cost_note(results: Mapping[str, Any]) -> str:
     where = results["device"]
     accelerator = f", {where['accelerator']}" if where["accelerator"] else ""
     return (
-        f"{page.duration(total)} in all stages together, on {where['cores']} cores of "
+        f"{page.duration(total)} in all stages together, on {page.cores(where['cores'])} of "
         f"{where['processor']} with {where['memory_gib']} GiB of memory{accelerator}. A stage that "
         "an earlier run had finished counts with the time it took then."
     )

@@ -47,6 +47,7 @@ def _by_model(
     config: Config, inputs: dict[str, Path], work: Work, generations: Sequence[Generation]
 ) -> list[Reward]:
     from scmini.models.reward import RewardModel  # brings torch; the program grader needs none
+    from scmini.training.checkpoints import peak_gib
 
     source = config.reward.model_name_or_path or str(inputs["base"] / "reward_model")
     judge: RewardModel | None = None
@@ -67,6 +68,7 @@ def _by_model(
         found += read_rewards(part)
         console.progress(len(found), len(generations), "prompts")
     work.note("grader", _name(source))
+    work.note("peak_gib", round(peak_gib(), 3))
     return found
 
 

@@ -17,7 +17,7 @@ SEED_OF_CONTINUED = 1
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Train on data/train.jsonl; writes adapter/, checkpoint-N/, metrics.jsonl, trainer_state.json."""
+    """Train on data/train.jsonl; writes what `train` does, with the weights in adapter/."""
     continued = work.method == "sft-continued"
     section = config.sft_continued if continued else config.sft
     source = loading.model_source(config, inputs)

@@ -1,4 +1,4 @@
-"""Prompts with their sequences as training examples, and how an optimizer step is cut to fit memory."""
+"""Prompts with their sequences as training examples, and how a step is cut to fit memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Group:
         sequences: what is scored. For DPO (prompt ids, response ids) with the chosen response first
             and k rejected ones after it; for SFT one sequence with a mask.
         num_scored: scored tokens of each sequence.
-        ref_logps: log-probability of each sequence under the reference model, in nats; None for SFT.
+        ref_logps: of each sequence under the reference model, in nats; None for SFT.
     """
 
     id: str

@@ -126,7 +126,7 @@ def temporary(final: Path) -> Path:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop the lines of metrics.jsonl after a step, and a torn last line: they will be made again."""
+    """Drop the lines of metrics.jsonl after a step, and a torn last one: they are made again."""
     if not path.is_file():
         return
     kept = []

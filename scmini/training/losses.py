@@ -69,7 +69,7 @@ def softmax_loss(chosen: Tensor, rejected: Tensor, valid: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """DPO and its relatives, by `dpo.loss_type`, with an optional SFT term on the chosen response."""
+    """DPO and its relatives, by `dpo.loss_type`, with an optional SFT term on the chosen."""
 
     beta: float
     loss_type: str = "sigmoid"

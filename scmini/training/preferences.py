@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +53,9 @@ class Responses:
         everything = self._all(example)
         missing = [index for index in indices if index not in everything]
         if missing:
-            raise DataError(f"prompt {id!r} has no response {missing[0]} (-1 target, -2 - j rejected j)")
+            raise DataError(
+                f"prompt {id!r} has no response {missing[0]} (-1: target, -2: rejected)"
+            )
         longest = max(len(ids) for ids in everything.values())
         if longest >= self.max_length:
             return None
@@ -75,7 +78,10 @@ class Responses:
 
 
 def sft_group(
-    tokenizer: PreTrainedTokenizerBase, example: Example, loss_on: str, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    loss_on: Literal["last", "all"],
+    max_length: int,
 ) -> Group | None:
     """A conversation as one scored sequence; None if its target alone is too long.
 

@@ -1,4 +1,4 @@
-"""Log-probabilities without gradients: of the reference model, and to check where training starts."""
+"""Log-probabilities without gradients: of the reference, and to check where training starts."""
 
 import math
 from collections.abc import Sequence
@@ -47,9 +47,7 @@ def tolerance(ref_logp: float, num_tokens: int, half: bool) -> float:
     return 1e-3 + 1e-4 * abs(ref_logp)
 
 
-def check_start(
-    module: TreeModule, groups: Sequence[Group], tokens_per_microbatch: int
-) -> float:
+def check_start(module: TreeModule, groups: Sequence[Group], tokens_per_microbatch: int) -> float:
     """Before the first step rewards must be 0: the policy still is its reference.
 
     Args:

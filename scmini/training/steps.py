@@ -30,7 +30,7 @@ class Step(TypedDict):
     weight: float
     """Of all groups of the step, on all processes together."""
     idle: bool
-    """The process has no prompt of its own in this step and computes one whose loss counts nothing."""
+    """The process has no prompt of its own in this step; what it gets counts nothing."""
 
 
 class Steps(Dataset[Step]):
@@ -65,7 +65,7 @@ class Steps(Dataset[Step]):
         chosen = [self.groups[i] for i in order]
         weight = float(sum(self.objective.weight(group) for group in chosen))
         share = chosen[self.rank :: self.world_size]
-        # Groups of one length lie side by side: attention takes plain sequences of one length at once.
+        # Neighbours of one length: attention takes plain sequences of one length at once.
         share.sort(key=lambda group: group.num_tokens)
         return {"groups": share or chosen[:1], "weight": weight, "idle": not share}
 

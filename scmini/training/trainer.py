@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +70,20 @@ class TreeTrainer(Trainer):
         self, module: TreeModule, args: TrainingArguments, objective: Objective, knob: int
     ) -> None:
         super().__init__(model=module, args=args)
+        self._module = module
+        self._out = Path(str(args.output_dir))
         self.remove_callback(PrinterCallback)
-        self.objective, self.knob = objective, knob
+        self.objective: Objective = objective
+        self.knob = knob
         self._sums: dict[str, float] = {}
         self._since = time.perf_counter()
         self._ids: list[str] = []
 
     def get_train_dataloader(self) -> DataLoader:
         # Not through accelerate: a step already is this process's share.
-        return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda items: items[0])
+        return DataLoader(
+            cast(Steps, self.train_dataset), batch_size=1, collate_fn=lambda items: items[0]
+        )
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -103,7 +108,9 @@ class TreeTrainer(Trainer):
             self._add("prompts", len(step["groups"]))
         loss = torch.stack(losses)
         if not loss.isfinite().all():
-            culprits = [b for b, fine in zip(batches, loss.isfinite().tolist(), strict=True) if not fine]
+            culprits = [
+                b for b, fine in zip(batches, loss.isfinite().tolist(), strict=True) if not fine
+            ]
             self._stop("the loss", [group.id for batch in culprits for group in batch.groups])
         return loss.sum() * scale
 
@@ -183,7 +190,7 @@ class TreeTrainer(Trainer):
         super().log(logs, start_time)
         if "loss" in logs and self.is_world_process_zero():
             row = {"step": self.state.global_step, **logs}
-            with open(Path(self.args.output_dir) / METRICS, "a", encoding="utf-8") as handle:
+            with open(self._out / METRICS, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
 
     def _window(self) -> dict[str, float]:
@@ -202,27 +209,26 @@ class TreeTrainer(Trainer):
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        out = Path(self.args.output_dir)
         if self.args.should_save:
-            final = out / f"checkpoint-{self.state.global_step}"
+            final = self._out / f"checkpoint-{self.state.global_step}"
             torn = checkpoints.temporary(final)
-            checkpoints.save_model(self.model.model, torn)
-            checkpoints.save_optimizer(self.optimizer.state_dict(), torn)
-            schedule = json.dumps(self.lr_scheduler.state_dict())
+            checkpoints.save_model(self._module.model, torn)
+            checkpoints.save_optimizer(cast(Any, self.optimizer).state_dict(), torn)
+            schedule = json.dumps(cast(Any, self.lr_scheduler).state_dict())
             (torn / "scheduler.json").write_text(schedule, encoding="utf-8")
             self.state.save_to_json(str(torn / "trainer_state.json"))
             checkpoints.publish(torn, final)
-            checkpoints.keep_newest(out, KEPT_CHECKPOINTS)
+            checkpoints.keep_newest(self._out, KEPT_CHECKPOINTS)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.restore_model(self.model.model, Path(resume_from_checkpoint))
+        checkpoints.restore_model(self._module.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(checkpoints.load_optimizer(Path(checkpoint)))
+            cast(Any, self.optimizer).load_state_dict(checkpoints.load_optimizer(Path(checkpoint)))
             schedule = (Path(checkpoint) / "scheduler.json").read_text(encoding="utf-8")
-            self.lr_scheduler.load_state_dict(json.loads(schedule))
+            cast(Any, self.lr_scheduler).load_state_dict(json.loads(schedule))
 
 
 class _Progress(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Finished stage folders with made-up numbers, as the stage `report` and the README's numbers meet them."""
+"""Finished stage folders with made-up numbers, as the stage `report` meets them."""
 
 import json
 import random
@@ -85,7 +85,8 @@ def _prompt(number: int) -> list[dict[str, str]]:
 
 
 def _answers(inputs: dict[str, Path], method: str, prompts: int, answer: str) -> None:
-    rng, target_rng = random.Random(f"{inputs['data']} {method}"), random.Random(str(inputs["data"]))
+    run = inputs["data"].parent.name
+    rng, target_rng = random.Random(f"{run} {method}"), random.Random(run)
     rewards, generations = [], []
     for i in range(prompts):
         target = grade(target_rng, TARGETS)

@@ -1,5 +1,7 @@
 """Cutting an optimizer step into micro-batches."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_fills_up() -> None:
     total = sum(group.num_tokens for group in groups)
     assert [len(b.groups) for b in cut(groups, total)] == [8]
     batches = cut(groups, max(group.num_tokens for group in groups))
-    for one, two in zip(batches, batches[1:], strict=False):
+    for one, two in pairwise(batches):
         joined = sum(group.num_tokens for group in (*one.groups, two.groups[0]))
         assert joined > max(group.num_tokens for group in groups)
 

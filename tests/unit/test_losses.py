@@ -79,7 +79,12 @@ def test_many_negatives_are_averaged_pairs(loss_type: str) -> None:
     (grad,) = torch.autograd.grad(loss, logps)
     assert group.ref_logps is not None
     pairs = [
-        Group("p", [group.sequences[0], group.sequences[j]], [1, 1], [group.ref_logps[0], group.ref_logps[j]])
+        Group(
+            "p",
+            [group.sequences[0], group.sequences[j]],
+            [1, 1],
+            [group.ref_logps[0], group.ref_logps[j]],
+        )
         for j in range(1, 5)
     ]
     flat = torch.cat([torch.stack((logps[0], logps[j])) for j in range(1, 5)])
@@ -151,8 +156,8 @@ def test_config_reaches_objective() -> None:
 
 def test_mistakes_are_named() -> None:
     (group,) = response_groups([1])
-    with pytest.raises(ScminiError, match="p0.*reference"):
+    with pytest.raises(ScminiError, match=r"p0.*reference"):
         PreferenceObjective(BETA)(torch.zeros(2), [Group("p0", group.sequences, [1, 1])])
     lonely = Group("p0", group.sequences[:1], [1], [0.0])
-    with pytest.raises(ScminiError, match="p0.*no rejected"):
+    with pytest.raises(ScminiError, match=r"p0.*no rejected"):
         PreferenceObjective(BETA)(torch.zeros(1), [lonely])

@@ -1,4 +1,4 @@
-"""Reward models: scored on trees as the library scores them one by one; trained, resumed, graded."""
+"""Reward models: scored on trees as the library scores one by one; trained, resumed, graded."""
 
 import json
 import math
@@ -25,7 +25,26 @@ from scmini.stages import reward as stage
 from scmini.store import Work
 from scmini.training import reward_model as training
 
-WORDS = ("the goose says honk moo baa well sure please tell me about it is white . ! ?").split()
+WORDS = [
+    "the",
+    "goose",
+    "says",
+    "honk",
+    "moo",
+    "baa",
+    "well",
+    "sure",
+    "please",
+    "tell",
+    "me",
+    "about",
+    "it",
+    "is",
+    "white",
+    ".",
+    "!",
+    "?",
+]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} "
     "{% endfor %}"
@@ -115,7 +134,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     language_model = LlamaForCausalLM(small(num_labels=1))
     language_model.save_pretrained(tmp_path / "lm")
     make_tokenizer().save_pretrained(tmp_path / "lm")
-    with pytest.raises(ConfigError, match="no weights for score.weight"):
+    with pytest.raises(ConfigError, match=r"no weights for score\.weight"):
         RewardModel.load(str(tmp_path / "lm"), **options)
 
 
@@ -135,7 +154,8 @@ def preferences(path: Path, number: int = 240) -> Path:
     rows = []
     for _ in range(number):
         prompt = [{"role": "user", "content": text(rng)}]
-        rows.append({"prompt": prompt, "chosen": f"{text(rng, 4)} honk", "rejected": f"{text(rng, 4)} moo"})
+        chosen, rejected = f"{text(rng, 4)} honk", f"{text(rng, 4)} moo"
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     write_jsonl(path, rows)
     return path
 
@@ -166,9 +186,10 @@ def test_training_learns_and_resumes_exactly(
             raise Killed
 
     torn = tmp_path / "torn" / "reward_model"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(training._Progress, "on_step_end", die)
-        training.train_reward_model(settings(), make_tokenizer(), backbone, rows, torn)
+        with pytest.raises(Killed):
+            training.train_reward_model(settings(), make_tokenizer(), backbone, rows, torn)
     scratch = torn.parent / "scratch" / "reward_model"
     (scratch / "checkpoint-17").mkdir()  # as a kill in the middle of saving leaves it
     assert not torn.exists()

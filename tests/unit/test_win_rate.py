@@ -58,8 +58,9 @@ def test_interval_covers_about_95_percent() -> None:
 
 def test_interval_is_seeded_and_exact_for_constants() -> None:
     values = np.arange(50.0)
-    assert bootstrap_ci95(values, samples=100, seed=4) == bootstrap_ci95(values, samples=100, seed=4)
-    assert bootstrap_ci95(values, samples=100, seed=4) != bootstrap_ci95(values, samples=100, seed=5)
+    first = bootstrap_ci95(values, samples=100, seed=4)
+    assert bootstrap_ci95(values, samples=100, seed=4) == first
+    assert bootstrap_ci95(values, samples=100, seed=5) != first
     assert bootstrap_ci95([0.25] * 9, samples=100, seed=0) == (0.25, 0.25)
 
 
@@ -93,11 +94,13 @@ def test_pooled_comparison_is_paired() -> None:
 
 def test_nothing_is_shown_when_the_interval_holds_zero() -> None:
     noise = np.random.default_rng(0).normal(0, 1, 400)
-    found = compare("a", [noise[:200], noise[:200]], "b", [noise[200:], -noise[:200]], samples=300, seed=0)
     same = compare("a", [noise], "b", [noise], samples=300, seed=0)
     assert same.sign == 0
     assert same.win_rate == 50
-    assert isinstance(found.runs_agree, bool)
+    apart = compare("a", [noise, -noise], "b", [noise - 0.1, 0.1 - noise], samples=300, seed=0)
+    assert apart.difference == pytest.approx(0)
+    assert apart.sign == 0
+    assert not apart.runs_agree
 
 
 @pytest.mark.parametrize(

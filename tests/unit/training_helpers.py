@@ -83,7 +83,7 @@ def random_ids(seed: int, length: int) -> list[int]:
 
 
 def response_groups(sizes: list[int], seed: int = 0) -> list[Group]:
-    """Prompts of 5 to 9 tokens, each with 1 + k responses of 3 to 8 tokens, some sharing a beginning."""
+    """Prompts of 5 to 9 tokens with 1 + k responses of 3 to 8 tokens, some with a common start."""
     groups = []
     for number, k in enumerate(sizes):
         draw = rng(seed, "group", str(number))

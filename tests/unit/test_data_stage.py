@@ -1,0 +1,175 @@
+"""Stage `data`: splits, limits, files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import SHARED, files_of, needs_shared, work, write_lines
+
+from scmini.config import Config
+from scmini.data import jsonl, split
+from scmini.errors import DataError, RecordError
+from scmini.records import Example, read_examples
+from scmini.stages import data
+from scmini.store import Work
+
+
+def row(number: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"what is {number}?", "target": f"it is {number}"} | more
+
+
+def run(tmp_path: Path, rows: list[dict[str, Any]], name: str = "out", **settings: Any) -> Work:
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    config = Config.model_validate(
+        {"data": {"format": "jsonl", "path": str(path), "num_test": 3} | settings}
+    )
+    made = work(tmp_path / name)
+    data.run(config, {}, made)
+    return made
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prompts(path: Path) -> set[str]:
+    return {split.prompt_digest(example.prompt) for example in read_examples(path)}
+
+
+def test_no_prompt_on_both_sides_and_nothing_lost(tmp_path: Path) -> None:
+    rows = [row(i % 10, target=f"{i}", rejected=["no", f"{i} "]) for i in range(40)]
+    made = run(tmp_path, rows)
+    train, test = (read_examples(made.path / f"{side}.jsonl") for side in ("train", "test"))
+    assert not prompts(made.path / "train.jsonl") & prompts(made.path / "test.jsonl")
+    assert len(test) == 3
+    assert len(train) == 28
+    assert made.counts == {split.LEAKED: 9, jsonl.USELESS_REJECTED: 40}
+    assert all(example.rejected == ["no"] for example in train)
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:
+    rows = [row(i, id=str(i)) for i in range(30)]
+    forward = run(tmp_path, rows, "a")
+    backward = run(tmp_path, rows[::-1], "b")
+    assert files_of(forward.path) == files_of(backward.path)
+    # and it mixes: neither side is a stretch of the file
+    ids = [int(example.id) for example in read_examples(forward.path / "train.jsonl")]
+    assert ids != sorted(ids)
+
+
+def test_corpus_and_preferences_come_from_the_training_side(tmp_path: Path) -> None:
+    made = run(
+        tmp_path, [row(i, rejected=[f"no {i}"]) for i in range(20)], num_pretraining=11, num_train=5
+    )
+    test = {example.prompt[0]["content"] for example in read_examples(made.path / "test.jsonl")}
+    corpus = [dialogue["messages"] for dialogue in lines(made.path / "corpus.jsonl")]
+    assert len(corpus) == 11
+    assert not {dialogue[0]["content"] for dialogue in corpus} & test
+    assert [d[1]["content"].startswith("no") for d in corpus] == [bool(i % 2) for i in range(11)]
+    preferences = lines(made.path / "preferences.jsonl")
+    assert len(preferences) == 17
+    assert not {p["prompt"][0]["content"] for p in preferences} & test
+    assert all(p["rejected"] == p["chosen"].replace("it is", "no") for p in preferences)
+    assert len(read_examples(made.path / "train.jsonl")) == 5
+
+
+def test_a_named_model_needs_no_corpus(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row(i) for i in range(9)])
+    config = Config.model_validate(
+        {
+            "model": {"model_name_or_path": "some/model"},
+            "data": {"format": "jsonl", "path": str(path), "num_test": 3},
+            "reward": {"model_name_or_path": "some/reward"},
+        }
+    )
+    data.run(config, {}, work(tmp_path / "out"))
+    assert sorted(files_of(tmp_path / "out")) == ["test.jsonl", "train.jsonl"]
+
+
+def test_limits_drop_and_count(tmp_path: Path) -> None:
+    rows = [row(i) for i in range(10)] + [row(10, prompt="x" * 50), row(11, target="y" * 50)]
+    rows += [row(12, target="  "), row(13, prompt=" ")]
+    made = run(tmp_path, rows, max_prompt_chars=20, max_target_chars=20)
+    assert made.counts == {
+        split.LONG_PROMPT: 1,
+        split.LONG_TARGET: 1,
+        jsonl.EMPTY_TARGET: 1,
+        jsonl.EMPTY_PROMPT: 1,
+    }
+    assert made.notes["rows"] == {"train": 7, "test": 3, "usable": 10}
+
+
+def test_too_few_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"3 usable prompts, and data.num_test: 3 leaves none"):
+        run(tmp_path, [row(i % 3) for i in range(30)])
+    with pytest.raises(DataError, match="num_pretraining: 0"):
+        run(tmp_path, [row(i) for i in range(9)], num_pretraining=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": None}, r"line 2: field 'target': expected text, got None"),
+        ({"prompt": []}, r"line 2: field 'prompt': expected text or a list"),
+        ({"prompt": [{"role": "bot", "content": "x"}]}, r"one of system, user, assistant"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, "must be the user's"),
+        ({"rejected": "no"}, "field 'rejected': expected a list of texts"),
+        ({"id": "rows-000001"}, r"'rows-000001' was already used in .*line 1"),
+        ({"id": 4}, "field 'id': expected text"),
+    ],
+)
+def test_broken_rows_name_file_line_and_field(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecordError, match=message):
+        run(tmp_path, [row(0), row(1) | change, row(2)])
+
+
+def test_files_of_one_name_need_other_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    hello = {
+        "chosen": "\n\nHuman: hi\n\nAssistant: yes",
+        "rejected": "\n\nHuman: hi\n\nAssistant: no",
+    }
+    paths = [write_lines(tmp_path / name / "x.jsonl", [hello]) for name in ("a", "b")]
+    config = Config.model_validate({"data": {"format": "hh-rlhf", "path": [str(p) for p in paths]}})
+    with pytest.raises(DataError, match="different names"):
+        data.run(config, {}, work(tmp_path / "out"))
+
+
+def test_zoo_is_a_function_of_the_seed(tmp_path: Path) -> None:
+    settings = {"data": {"num_train": 40, "num_test": 20, "num_pretraining": 30}}
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        data.run(Config.model_validate(settings | {"seed": seed}), {}, work(tmp_path / name))
+        found.append(files_of(tmp_path / name))
+    assert found[0] == found[1] != found[2]
+    folder = tmp_path / "a"
+    sizes = {path.stem: len(lines(path)) for path in folder.glob("*.jsonl")}
+    assert sizes == {"train": 40, "test": 20, "corpus": 30, "preferences": 40}
+    assert not prompts(folder / "train.jsonl") & prompts(folder / "test.jsonl")
+
+
+@needs_shared
+def test_real_transcripts(tmp_path: Path) -> None:
+    paths = [
+        str(SHARED / "data" / f"hh_{name}-base_raw.jsonl.gz") for name in ("harmless", "helpful")
+    ]
+    config = Config.model_validate({"data": {"format": "hh-rlhf", "path": paths, "num_test": 200}})
+    made = work(tmp_path / "out")
+    data.run(config, {}, made)
+    train = read_examples(made.path / "train.jsonl")
+    assert len(train) + 200 + sum(made.counts.values()) == 1900 + 1877
+    assert not prompts(made.path / "train.jsonl") & prompts(made.path / "test.jsonl")
+    sources = [example.id.startswith("hh_harmless") for example in train[:400]]
+    assert 120 < sum(sources) < 280  # the two files are mixed
+
+
+def test_limits_count_all_messages() -> None:
+    long = Example("a", [{"role": "user", "content": "xx"}, {"role": "user", "content": "yy"}], "z")
+    drops: list[str] = []
+    assert split.within_limits([long], 4, 1, drops.append) == [long]
+    assert split.within_limits([long], 3, 1, drops.append) == []
+    assert drops == [split.LONG_PROMPT]
