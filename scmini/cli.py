@@ -228,8 +228,8 @@ def _print_results(report: Path) -> None:
     rows = [
         [
             name,
-            _interval(row["mean_reward"], row["mean_reward_ci95"], 1),
-            _interval(100 * row["win_rate"], [100 * bound for bound in row["win_rate_ci95"]], 1),
+            _interval(row["mean_reward"], row["mean_reward_ci95"], 3),
+            _interval(row["win_rate"], row["win_rate_ci95"], 1),
             str(row["n"]),
         ]
         for name, row in methods.items()

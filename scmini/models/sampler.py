@@ -228,7 +228,7 @@ class _Rows:
 
     def _select(self, rows: torch.Tensor) -> None:
         self._cache.batch_select_indices(rows)
-        pass
+        self._position = self._position[rows]
         if self._mask is not None:
             self._mask = self._mask[rows]
 

@@ -12,7 +12,8 @@ from scmini.records import Message
 
 CHAT = tokenizer()
 ZEPHYR = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
@@ -137,5 +138,5 @@ def test_check_tokenizer() -> None:
 def test_fit_cuts_the_prompt_from_the_left_and_never_the_response() -> None:
     assert fit([1, 2, 3, 4], 3, 7) == [1, 2, 3, 4]
     assert fit([1, 2, 3, 4], 3, 5) == [3, 4]
-    with pytest.raises(DataError, match="model.max_length: 3"):
+    with pytest.raises(DataError, match=r"model\.max_length: 3"):
         fit([1], 3, 3)

@@ -152,17 +152,17 @@ def test_results_go_to_stdout(ran: list[tuple[Any, ...]], capsys: Any) -> None:
     report = Path("runs/demo/report")
     report.mkdir(parents=True)
     row = {
-        **{"win_rate": 0.5, "win_rate_ci95": [0.45, 0.5525], "mean_sigmoid_reward": 0.1, "n": 500},
-        **{"mean_reward": 80.04, "mean_reward_ci95": [79, 81.26], "mean_length": 12.0},
+        **{"win_rate": 50.0, "win_rate_ci95": [45.0, 55.25], "mean_sigmoid_reward": 0.1, "n": 500},
+        **{"mean_reward": 0.8004, "mean_reward_ci95": [0.79, 0.8126], "mean_length": 12.0},
     }
     (report / "results.json").write_text(json.dumps({"methods": {"self-contrast-4": row}}))
     assert cli.main(["run", "all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == [
         "self-contrast-4",
-        "80.0",
-        "[79.0,",
-        "81.3]",
+        "0.800",
+        "[0.790,",
+        "0.813]",
         "50.0",
         "[45.0,",
         "55.2]",

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def features(text: str) -> Counter[str]:
     """What hashed-ngrams reads of a text, written down anew."""
     words = re.findall(r"\w+|[^\w\s]", text.lower())
     spaced = " ".join(text.lower().split())
-    pairs = [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+    pairs = [f"{a} {b}" for a, b in pairwise(words)]
     trigrams = [spaced[i : i + 3] for i in range(len(spaced) - 2)]
     return Counter(
         [("w", w) for w in words] + [("p", p) for p in pairs] + [("c", c) for c in trigrams]

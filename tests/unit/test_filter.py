@@ -1,4 +1,4 @@
-"""Which answers become negatives: against the original project's rules, restated here in plain words."""
+"""Which answers become negatives: against the original project's rules, restated plainly."""
 
 import json
 from collections import Counter

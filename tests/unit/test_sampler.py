@@ -56,8 +56,8 @@ def mistral(window: int) -> Any:
         torch.manual_seed(1)
         config = MistralConfig(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, sliding_window=window, initializer_range=0.4,
-            attn_implementation="sdpa",
+            num_attention_heads=4, num_key_value_heads=2, sliding_window=window,
+            initializer_range=0.4, attn_implementation="sdpa",
         )  # fmt: skip
         return MistralForCausalLM(config).double().eval()
 
@@ -133,7 +133,7 @@ def slow_choice(logits: list[float], uniform: float, temperature: float, top_p: 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(4.0, 1.0), (2.5, 1.0), (4.0, 0.8)])
 def test_tokens_come_with_their_probabilities(temperature: float, top_p: float) -> None:
-    """Chi-square over the first token of many answers; fixed seed, so it passes or fails for good."""
+    """Chi-square over the first token of many answers; the seed is fixed, so chance is too."""
     model = with_bias(dict.fromkeys(range(12, VOCAB), -1e4))
     n = 6000
     drawn = sampler(model, temperature=temperature, top_p=top_p, max_new_tokens=1, batch_size=n)

@@ -7,7 +7,10 @@ from scmini.seeding import derived_seed, numpy_rng, rng
 
 
 def test_the_same_names_give_the_same_numbers_in_any_process() -> None:
-    code = "from scmini.seeding import derived_seed, rng; print(derived_seed(3, 'a', 'é'), rng(3, 'a').random())"
+    code = (
+        "from scmini.seeding import derived_seed, rng;"
+        "print(derived_seed(3, 'a', 'é'), rng(3, 'a').random())"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(derived_seed(3, "a", "é")), str(rng(3, "a").random())]
 

@@ -66,6 +66,24 @@ def test_step_equals_separate_sequences(loss_type: str, knob: int, tmp_path: Pat
         torch.testing.assert_close(grads[key], grad, rtol=1e-4, atol=1e-6, msg=key)
 
 
+def test_parts_meet_the_same_dropout_twice(tmp_path: Path) -> None:
+    """Else the weights of an oversized prompt would be those of another random network."""
+    model = with_lora(tiny_model(), dropout=0.5)
+    (group,) = groups = response_groups([5])
+    module = TreeModule(model)
+    seen: list[Tensor] = []
+    module.register_forward_hook(lambda _, __, logps: seen.append(logps.detach()))
+    step = {"groups": groups, "weight": 1.0, "idle": False}
+    _trainer(module.model, PreferenceObjective(0.1), PIECES, tmp_path).training_step(module, step)
+    parts = len(seen) // 2
+    assert parts > 1
+    for first, second in zip(seen[:parts], seen[parts:], strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    with torch.no_grad():
+        module.eval()
+        assert score(module, [group], PIECES)[0] != torch.cat(seen[:parts]).tolist()
+
+
 def test_knob_really_cuts() -> None:
     cut = trainer.cut
     assert any(batch.parts for batch in cut(response_groups(SIZES), PIECES))
