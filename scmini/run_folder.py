@@ -17,7 +17,7 @@ from scmini.store import Finished, write_atomic
 _FOLDERS = {
     "data": {"data": "."},
     "base": {"base": "."},
-    "sft": {"sft": "."},
+    "sft": {"sft": ".", "models/sft": "."},
     "sample": {"samples": "."},
     "embed": {"embeddings": "."},
     "filter": {"similarity": "similarity", "pairs": "pairs"},
