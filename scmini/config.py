@@ -8,15 +8,20 @@ changing one re-runs nothing.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 METHOD = re.compile(
     r"sft|sft-continued|sft-temperature-(?:\d+(?:\.\d+)?)|dpo|spin"
     r"|self-contrast-(?P<k>[1-9]\d*)(?:-unfiltered)?"
 )
-METHODS_HELP = (
-    "sft, sft-continued, sft-temperature-T, dpo, spin, self-contrast-K or self-contrast-K-unfiltered"
-)
+METHODS_HELP = "sft, sft-continued, sft-temperature-T, dpo, spin, self-contrast-K or self-contrast-K-unfiltered"
 
 
 def machine(default: Any, **kwargs: Any) -> Any:
@@ -131,7 +136,9 @@ class TrainingConfig(Section):
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        "adamw_torch"
+    )
     tokens_per_microbatch: int = machine(8192, ge=1)
     """The one memory knob: tokens of a packed row. Never changes the result beyond rounding."""
     gradient_checkpointing: bool = machine(True)
@@ -199,7 +206,9 @@ class SampleConfig(DecodingConfig):
     @classmethod
     def _greedy_repeats(cls, value: float) -> float:
         if value == 0:
-            raise ValueError("n answers at temperature 0 are all the same; use a temperature above 0")
+            raise ValueError(
+                "n answers at temperature 0 are all the same; use a temperature above 0"
+            )
         return value
 
 
@@ -225,9 +234,9 @@ class EmbedConfig(Section):
 class FilterConfig(Section):
     """Which responses become negatives (DESIGN 5.6)."""
 
-    mode: Annotated[str, StringConstraints(pattern=r"^(default|all|alldedup|last-\d+|lastdedup-\d+)$")] = (
-        "default"
-    )
+    mode: Annotated[
+        str, StringConstraints(pattern=r"^(default|all|alldedup|last-\d+|lastdedup-\d+)$")
+    ] = "default"
     keep_fraction: float = Field(0.75, gt=0, le=1)
     """Of the unique responses, the share of least similar ones that stays (mode: default)."""
     allow_fewer: bool = False
@@ -308,12 +317,20 @@ class Config(Section):
         for method in self.methods:
             k = num_negatives(method)
             if k is not None and k > self.sample.n:
-                raise ValueError(f"methods: {method} needs sample.n of at least {k}, got {self.sample.n}")
+                raise ValueError(
+                    f"methods: {method} needs sample.n of at least {k}, got {self.sample.n}"
+                )
         if self.reward.grader == "program" and self.data.format != "zoo":
             raise ValueError(f"reward.grader: program cannot grade data.format: {self.data.format}")
         if self.grader == "program" and self.reward.model_name_or_path:
-            raise ValueError("reward.model_name_or_path has no effect with the demo's program as grader")
-        if self.grader == "model" and self.model.model_name_or_path and not self.reward.model_name_or_path:
+            raise ValueError(
+                "reward.model_name_or_path has no effect with the demo's program as grader"
+            )
+        if (
+            self.grader == "model"
+            and self.model.model_name_or_path
+            and not self.reward.model_name_or_path
+        ):
             raise ValueError("reward.model_name_or_path is needed to grade with a model")
         return self
 

@@ -1,17 +1,17 @@
 """Every error a person may meet, and the exit code that the command line gives for it.
 
-    ScminiError                  1   a fault of ours
-      UsageError                 2   the command line was typed wrong
-      ConfigError                2   one or more keys of the configuration are wrong
-      EnvironmentProblem         3   driver, missing extra, missing file of the installation
-        StoreBusy                3   another process is building this stage
-      DoesNotFit                 4   out of memory, or it would be
-      DataError                  5   the input data cannot be used
-        RecordError              5   one row of a file is broken: names file, line and field
-        StoreDamaged             5   a finished file no longer matches its manifest
-      Interrupted                6   stopped by a signal, progress kept
-      ServiceError               7   an outside service failed
-      StageFailed                -   a stage's process ended badly; carries that process's exit code
+ScminiError                  1   a fault of ours
+  UsageError                 2   the command line was typed wrong
+  ConfigError                2   one or more keys of the configuration are wrong
+  EnvironmentProblem         3   driver, missing extra, missing file of the installation
+    StoreBusy                3   another process is building this stage
+  DoesNotFit                 4   out of memory, or it would be
+  DataError                  5   the input data cannot be used
+    RecordError              5   one row of a file is broken: names file, line and field
+    StoreDamaged             5   a finished file no longer matches its manifest
+  Interrupted                6   stopped by a signal, progress kept
+  ServiceError               7   an outside service failed
+  StageFailed                -   a stage's process ended badly; carries that process's exit code
 """
 
 from pathlib import Path

@@ -133,7 +133,9 @@ def _list(row: dict[str, Any], key: str, kinds: type | tuple[type, ...]) -> list
     if not isinstance(value, list) or not all(
         isinstance(item, kinds) and not isinstance(item, bool) for item in value
     ):
-        names = kinds.__name__ if isinstance(kinds, type) else " or ".join(k.__name__ for k in kinds)
+        names = (
+            kinds.__name__ if isinstance(kinds, type) else " or ".join(k.__name__ for k in kinds)
+        )
         raise ValueError(f"field {key!r}: expected a list of {names}, got {value!r:.80}")
     return value
 
@@ -194,7 +196,9 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
         except ValueError as error:
             raise RecordError(path, number, str(error)) from None
         if record.id in seen:
-            raise RecordError(path, number, f"id {record.id!r} was already used in line {seen[record.id]}")
+            raise RecordError(
+                path, number, f"id {record.id!r} was already used in line {seen[record.id]}"
+            )
         seen[record.id] = number
         found.append(record)
     return found
@@ -223,7 +227,9 @@ def read_rewards(path: Path) -> list[Reward]:
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
     """Like `write_jsonl`, leaving `rejected` out where the data set has none."""
     rows = (asdict(example) for example in examples)
-    return write_jsonl(path, ({k: v for k, v in row.items() if k != "rejected" or v} for row in rows))
+    return write_jsonl(
+        path, ({k: v for k, v in row.items() if k != "rejected" or v} for row in rows)
+    )
 
 
 _SAMPLES_COLUMNS = ("id", "prompt_token_ids", "responses")

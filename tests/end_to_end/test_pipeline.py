@@ -15,7 +15,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("SCMINI_SHARED", ROOT.parent / "shared"))
 HH = SHARED / "data" / "hh_helpful-base_raw.jsonl.gz"
 METHODS = ["sft", "sft-continued", "dpo", "self-contrast-1", "self-contrast-3"]
-STAGES = ["data", "base", "sft", "sample", "embed", "filter", "reference", "dpo", "generate", "reward"]
+STAGES = [
+    "data",
+    "base",
+    "sft",
+    "sample",
+    "embed",
+    "filter",
+    "reference",
+    "dpo",
+    "generate",
+    "reward",
+]
 
 TOY = {
     "methods": f"[{', '.join(METHODS)}]",
@@ -67,7 +78,9 @@ def _scmini(run: Path, toy: dict[str, object], *extra: str, verb: str = "run") -
 
 def _folders(run: Path) -> dict[str, float]:
     """Finished folders of the store with the time at which each was made."""
-    return {p.name: p.stat().st_mtime for p in (run.parent / ".store").iterdir() if p.name[0] != "."}
+    return {
+        p.name: p.stat().st_mtime for p in (run.parent / ".store").iterdir() if p.name[0] != "."
+    }
 
 
 def _pairs(run: Path) -> dict[str, bytes]:
@@ -83,7 +96,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_of_a_run(finished: Path) -> None:
     for name in (
-        *("config.yaml", "run.json", "data/train.jsonl", "data/test.jsonl", "similarity/part-00000.parquet"),
+        *(
+            "config.yaml",
+            "run.json",
+            "data/train.jsonl",
+            "data/test.jsonl",
+            "similarity/part-00000.parquet",
+        ),
         *("sft/adapter/adapter_model.safetensors", "sft/adapter/tokenizer.json"),
         *("samples/part-00000.parquet", "embeddings/part-00000.npy", "reference/logps.parquet"),
         *(f"pairs/{m}.jsonl" for m in METHODS[2:]),
@@ -91,7 +110,10 @@ def test_files_of_a_run(finished: Path) -> None:
         *(f"models/{m}/metrics.jsonl" for m in METHODS),
         *(f"generations/{m}.jsonl" for m in METHODS),
         *(f"rewards/{m}.jsonl" for m in METHODS),
-        *(f"report/{name}" for name in ("index.html", "win_rate.png", "win_rate.svg", "results.csv")),
+        *(
+            f"report/{name}"
+            for name in ("index.html", "win_rate.png", "win_rate.svg", "results.csv")
+        ),
     ):
         assert (finished / name).is_file(), f"{name} is missing"
     results = json.loads((finished / "report" / "results.json").read_text())
@@ -126,7 +148,10 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     _scmini(finished, TOY)
     assert time.monotonic() - start < 10
     assert _folders(finished) == before
-    states = {stage["state"] for stage in json.loads(_scmini(finished, TOY, "--json", verb="status"))["stages"]}
+    states = {
+        stage["state"]
+        for stage in json.loads(_scmini(finished, TOY, "--json", verb="status"))["stages"]
+    }
     assert states == {"done"}
 
 
@@ -135,7 +160,9 @@ def test_a_changed_key_reruns_what_depends_on_it(finished: Path) -> None:
     _scmini(run, TOY | {"dpo.beta": 0.2})
     made = {name.rsplit("-", 1)[0] for name in _folders(run).keys() - before.keys()}
     trained = METHODS[2:]
-    expected = {f"{stage}-{m}" for stage in ("dpo", "generate", "reward") for m in trained} | {"report"}
+    expected = {f"{stage}-{m}" for stage in ("dpo", "generate", "reward") for m in trained} | {
+        "report"
+    }
     assert made == expected
 
 
@@ -155,7 +182,11 @@ def test_killed_in_every_stage_ends_with_the_same_bytes(finished: Path, tmp_path
         process.wait()
     _scmini(run, TOY)
     assert _pairs(run) == _pairs(finished)
-    for name in ("reference/logps.parquet", "generations/self-contrast-3.jsonl", "rewards/dpo.jsonl"):
+    for name in (
+        "reference/logps.parquet",
+        "generations/self-contrast-3.jsonl",
+        "rewards/dpo.jsonl",
+    ):
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
 
 
@@ -174,5 +205,9 @@ def test_real_dialogues_in_nf4(tmp_path: Path) -> None:
     _scmini(run, toy)
     results = json.loads((run / "report" / "results.json").read_text())
     assert set(METHODS) <= results["methods"].keys()
-    rewards = [json.loads(line) for line in (run / "rewards" / "sft.jsonl").read_text().splitlines()]
-    assert len({row["target_reward"] for row in rewards}) > 1, "the reward model tells answers apart"
+    rewards = [
+        json.loads(line) for line in (run / "rewards" / "sft.jsonl").read_text().splitlines()
+    ]
+    assert len({row["target_reward"] for row in rewards}) > 1, (
+        "the reward model tells answers apart"
+    )

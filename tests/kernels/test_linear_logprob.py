@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 import torch.utils.checkpoint
+
 from scmini_kernels import PrefixTree, linear_logprob
 from scmini_kernels.reference import linear_logprob_reference
-
 from tests.budget import assert_within_budget, values_and_gradients
 
 # `scmini_kernels.linear_logprob` names the function; the module hides behind it.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+
 from scmini_kernels import PrefixTree
 from scmini_kernels.tree import ScoredSequence
-
 from tests.kernels.forests import pair_forests, twin
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]

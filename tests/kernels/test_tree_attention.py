@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+
 from scmini_kernels import PrefixTree, tree_attention
 from scmini_kernels.reference import tree_attention_reference
-
 from tests.budget import assert_within_budget, values_and_gradients
 from tests.kernels.forests import pair_forests
 

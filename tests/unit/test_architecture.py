@@ -9,7 +9,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 RANKS = [
     {"scmini_kernels", "scmini.errors", "scmini"},
-    {"scmini.config", "scmini.records", "scmini.chat", "scmini.store", "scmini.locks", "scmini.console", "scmini.seeding"},
+    {
+        "scmini.config",
+        "scmini.records",
+        "scmini.chat",
+        "scmini.store",
+        "scmini.locks",
+        "scmini.console",
+        "scmini.seeding",
+    },
     {"scmini.config_file"},
     {"scmini.data", "scmini.models"},
     {"scmini.training", "scmini.evaluation"},
