@@ -21,7 +21,10 @@ METHOD = re.compile(
     r"sft|sft-continued|sft-temperature-(?:\d+(?:\.\d+)?)|dpo|spin"
     r"|self-contrast-(?P<k>[1-9]\d*)(?:-unfiltered)?"
 )
-METHODS_HELP = "sft, sft-continued, sft-temperature-T, dpo, spin, self-contrast-K or self-contrast-K-unfiltered"
+METHODS_HELP = (
+    "sft, sft-continued, sft-temperature-T, dpo, spin, "
+    "self-contrast-K or self-contrast-K-unfiltered"
+)
 
 
 def machine(default: Any, **kwargs: Any) -> Any:
@@ -105,7 +108,7 @@ class DataConfig(Section):
     path: str | list[str] | None = None
     """One or more files (.jsonl, .jsonl.gz); none for `zoo`."""
     num_pretraining: int = Field(24000, ge=0)
-    """Dialogues that the stage `base` reads (at most this many where the data set is the source)."""
+    """Most dialogues that the stage `base` reads."""
     num_train: int | None = Field(None, ge=1)
     """Most training prompts to take; all when empty."""
     num_test: int = Field(500, ge=1)
@@ -125,7 +128,7 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What every training shares. One optimizer step is `prompts_per_step` prompts, however they are cut."""
+    """What every training shares. One optimizer step is `prompts_per_step` prompts, however cut."""
 
     learning_rate: float = Field(2e-4, gt=0)
     num_train_epochs: float = Field(1.0, gt=0)
@@ -240,7 +243,7 @@ class FilterConfig(Section):
     keep_fraction: float = Field(0.75, gt=0, le=1)
     """Of the unique responses, the share of least similar ones that stays (mode: default)."""
     allow_fewer: bool = False
-    """Keep a prompt with fewer than k candidates, with those it has; else it is dropped and counted."""
+    """Keep a prompt with fewer than k candidates, with those it has; else drop and count it."""
     common_subset: bool = False
     """Every k trains on the same prompts: those with enough candidates for the largest k."""
 
@@ -269,7 +272,7 @@ class RewardConfig(Section):
     grader: Literal["auto", "program", "model"] = "auto"
     """`program`: the demo's own; `model`: a reward model; `auto` takes the one the data has."""
     model_name_or_path: str | None = None
-    """Any AutoModelForSequenceClassification with one label; empty: the one that stage `base` made."""
+    """Any AutoModelForSequenceClassification with one label; empty: the one that `base` made."""
     tokens_per_microbatch: int = machine(8192, ge=1)
 
 

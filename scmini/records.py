@@ -1,8 +1,8 @@
 """The rows that stages hand to one another, and how they are read and written.
 
-Every format is one JSON object per line (UTF-8) or a Parquet table; DESIGN 5.3 lists the files. Readers
-check each row and raise `RecordError` with file, line and field; unknown fields are refused nowhere
-and kept nowhere: a stage reads what it names.
+Every format is one JSON object per line (UTF-8) or a Parquet table. Readers check each row and
+raise `RecordError` with file, line and field. Unknown fields are ignored: a stage reads what it
+names.
 """
 
 import json
@@ -32,7 +32,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled answer: exactly the ids the sampler produced (the end token included when it came)."""
+    """One sampled answer: exactly the ids the sampler produced, with the end token if it came."""
 
     text: str
     token_ids: list[int]
@@ -84,9 +84,9 @@ class Reward:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each non-empty line; `RecordError` on anything else."""
+    """Yield (line number from 1, object) for each non-empty line; else `RecordError`."""
     try:
-        handle = open(path, "rb")
+        handle = open(path, "rb")  # noqa: SIM115 (closed by the with below)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     with handle:

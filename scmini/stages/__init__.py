@@ -1,1 +1,1 @@
-"""One file is one stage: `run(config, inputs, work)` reads the folders of earlier stages and fills its own."""
+"""One file is one stage: `run(config, inputs, work)` reads earlier folders and fills its own."""

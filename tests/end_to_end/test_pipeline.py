@@ -1,4 +1,4 @@
-"""`scmini run all` as a person types it, at toy size: whole, again, changed, killed, and on real dialogues."""
+"""`scmini run all` as a person types it, at toy size: whole, again, changed, killed, real data."""
 
 import json
 import os
@@ -192,7 +192,7 @@ def test_killed_in_every_stage_ends_with_the_same_bytes(finished: Path, tmp_path
 
 @pytest.mark.skipif(not HH.exists(), reason="the HH-RLHF sample is not here (SCMINI_SHARED)")
 def test_real_dialogues_in_nf4(tmp_path: Path) -> None:
-    """The demo's configuration turned to raw transcripts, with frozen weights in NF4 as in QLoRA."""
+    """The demo's configuration turned to raw transcripts; the reward model is trained there too."""
     run = tmp_path / "runs" / "hh"
     toy = TOY | {
         "data.format": "hh-rlhf",

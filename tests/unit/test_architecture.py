@@ -111,7 +111,7 @@ def test_no_circles() -> None:
 
 
 def test_kernels_is_a_plain_folder() -> None:
-    """`import kernels` belongs to another project, which transformers imports where it is installed."""
+    """`import kernels` belongs to another project, which transformers imports where it finds it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
