@@ -91,17 +91,23 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: {error.strerror}") from None
     with handle:
         for number, raw in enumerate(handle, start=1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise RecordError(path, number, f"not UTF-8 ({error.reason})") from None
-            except json.JSONDecodeError as error:
-                raise RecordError(path, number, f"not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise RecordError(path, number, f"expected an object, got {type(row).__name__}")
-            yield number, row
+            if raw.strip():
+                yield number, parse_row(path, number, raw)
+
+
+def parse_row(path: Path, number: int, raw: bytes) -> dict[str, Any]:
+    """The JSON object of one line; `RecordError` if it is not UTF-8, not JSON, or not an object."""
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecordError(path, number, f"not UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise RecordError(path, number, f"not JSON ({error.msg})") from None
+    except RecursionError:
+        raise RecordError(path, number, "nested too deeply") from None
+    if not isinstance(row, dict):
+        raise RecordError(path, number, f"expected an object, got {type(row).__name__}")
+    return row
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:

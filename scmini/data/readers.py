@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from scmini.errors import DataError, RecordError
+from scmini.records import parse_row
 
 Drop: TypeAlias = Callable[[str], None]
 """Told the reason for which a row is left out."""
@@ -57,16 +58,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _row(path: Path, number: int, raw: bytes) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8")
-        row = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise RecordError(path, number, f"not UTF-8 ({error.reason})") from None
-    except json.JSONDecodeError as error:
-        raise RecordError(path, number, f"not JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise RecordError(path, number, f"expected an object, got {type(row).__name__}")
-    if "\\ud" in text.lower() and _has_lone_surrogate(row):
+    row = parse_row(path, number, raw)
+    if b"\\ud" in raw.lower() and _has_lone_surrogate(row):
         raise RecordError(path, number, "an escape \\ud... lacks its other half")
     return row
 
