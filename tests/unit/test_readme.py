@@ -1,7 +1,10 @@
 """What the README and the shipped configurations say is what the program does."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,12 @@ def test_the_files_that_the_readme_names_exist() -> None:
     assert paths
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_the_numbers_are_those_of_the_result_files() -> None:
+    program = [sys.executable, str(ROOT / "bench" / "readme_numbers.py"), "--check"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
