@@ -132,7 +132,9 @@ def _pieces(tokenizer: Any, messages: list[Message]) -> list[str]:
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:number]) if number else ""
+        # Two answers in a row: no rendered prompt ends where the second begins.
+        alone = number == 0 or messages[number - 1]["role"] == "assistant"
+        before = "" if alone else _render(tokenizer, messages[:number])
         variants = (message["content"], message["content"].strip())  # many templates trim
         found = [v for v in variants if whole.startswith(before + v)] if before else []
         if not found or len(before) < at:

@@ -27,6 +27,10 @@ METHODS_HELP = (
 )
 
 
+ZOO_MOST = {"num_train": 200_000, "num_test": 30_000}
+"""Different prompts of the demo's world that can be drawn without long search."""
+
+
 def machine(default: Any, **kwargs: Any) -> Any:
     """A field that does not enter recipes (see the module docstring)."""
     return Field(default, json_schema_extra={"machine": True}, **kwargs)
@@ -95,6 +99,8 @@ class BaseConfig(Section):
     def _heads_divide(self) -> "BaseConfig":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError("num_attention_heads must divide hidden_size")
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError("hidden_size / num_attention_heads must be even (rotary embeddings)")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_key_value_heads must divide num_attention_heads")
         return self
@@ -124,6 +130,10 @@ class DataConfig(Section):
             raise ValueError("path has no effect with format: zoo")
         if self.format != "zoo" and not self.path:
             raise ValueError(f"format: {self.format} needs path, the file to read")
+        if self.format == "zoo":
+            for key, most in ZOO_MOST.items():
+                if (getattr(self, key) or 0) > most:
+                    raise ValueError(f"{key}: the zoo has no more than {most:,} different prompts")
         return self
 
 

@@ -103,8 +103,8 @@ def parse_row(path: Path, number: int, raw: bytes) -> dict[str, Any]:
         raise RecordError(path, number, f"not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise RecordError(path, number, f"not JSON ({error.msg})") from None
-    except RecursionError:
-        raise RecordError(path, number, "nested too deeply") from None
+    except (RecursionError, ValueError) as error:
+        raise RecordError(path, number, f"not readable JSON ({error})") from None
     if not isinstance(row, dict):
         raise RecordError(path, number, f"expected an object, got {type(row).__name__}")
     return row

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -51,7 +52,13 @@ def reward_ids(
         DataError: nothing is left to read.
     """
     conversation = [*prompt, {"role": "assistant", "content": response}]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in conversation)
+        raise DataError(
+            f"the chat template of the reward model refuses a conversation of {roles}: {error}"
+        ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     while ids and ids[-1] == pad_token_id:
         ids.pop()

@@ -1,5 +1,6 @@
 """What a download would bring: a tokenizer, a small Llama and a reward model, made on the spot."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from scmini.errors import DataError
 from scmini.models import loading
 from scmini.records import Message, read_jsonl
 from scmini.seeding import derived_seed
-from scmini.store import Work
+from scmini.store import Work, write_atomic
 from scmini.training import checkpoints
 from scmini.training.batches import Group
 from scmini.training.losses import SFTObjective
@@ -50,16 +51,32 @@ ADAM_BETA2 = 0.95
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Make model/ from corpus.jsonl, and reward_model/ where a model is to grade."""
-    model_folder = work.path / "model"
-    if not model_folder.is_dir():
-        _make_model(config, inputs["data"] / "corpus.jsonl", work)
+    """Make model/ from corpus.jsonl, and reward_model/ where a model is to grade.
+
+    Raises:
+        DataError: an empty corpus, or no preference to train the reward model on.
+    """
+    preferences = inputs["data"] / "preferences.jsonl"
+    makes_grader = config.grader == "model" and config.reward.model_name_or_path is None
+    if makes_grader and next(read_jsonl(preferences), None) is None:
+        raise DataError(
+            "the data has no rejected responses, so no reward model can be trained on it; "
+            "name one in reward.model_name_or_path"
+        )
+    model_folder, facts = work.path / "model", work.path / "scratch" / "model.json"
+    if not facts.is_file():
+        made = _make_model(config, inputs["data"] / "corpus.jsonl", work.path)
+        facts.parent.mkdir(exist_ok=True)
+        write_atomic(facts, json.dumps(made).encode())
+    made = json.loads(facts.read_bytes())
+    if made["too_long"]:
+        work.count("dialogue longer than model.max_length", made["too_long"])
+    work.note("steps", made["steps"])
     work.note("peak_gib", round(checkpoints.peak_gib(), 3))
-    if config.grader == "model" and config.reward.model_name_or_path is None:
+    if makes_grader:
         from scmini.training.reward_model import train_reward_model
 
         tokenizer = loading.load_tokenizer(str(model_folder))
-        preferences = inputs["data"] / "preferences.jsonl"
         out = work.path / "reward_model"
         for key, value in train_reward_model(
             config, tokenizer, model_folder, preferences, out
@@ -156,7 +173,8 @@ def new_llama(config: Config, tokenizer: PreTrainedTokenizerBase) -> LlamaForCau
     return model.float()
 
 
-def _make_model(config: Config, corpus_path: Path, work: Work) -> None:
+def _make_model(config: Config, corpus_path: Path, out: Path) -> dict[str, int]:
+    """Train and write model/; again from the newest checkpoint where that was begun or done."""
     corpus = [_messages(row, number, corpus_path) for number, row in read_jsonl(corpus_path)]
     if not corpus:
         raise DataError(f"{corpus_path}: empty; set data.num_pretraining above 0")
@@ -169,8 +187,6 @@ def _make_model(config: Config, corpus_path: Path, work: Work) -> None:
         for number, (ids, scored) in enumerate(conversations(tokenizer, corpus))
         if len(ids) <= config.model.max_length
     ]
-    if len(groups) < len(corpus):
-        work.count("dialogue longer than model.max_length", len(corpus) - len(groups))
     settings = TrainingConfig.model_validate(
         {
             **{name: getattr(base, name) for name in SHARED_SETTINGS},
@@ -183,13 +199,13 @@ def _make_model(config: Config, corpus_path: Path, work: Work) -> None:
         groups,
         SFTObjective(),
         settings,
-        out=work.path,
+        out=out,
         seed=config.seed,
         save_as="model",
         tokenizer=tokenizer,
         adam_beta2=ADAM_BETA2,
     )
-    work.note("steps", trained.steps)
+    return {"too_long": len(corpus) - len(groups), "steps": trained.steps}
 
 
 def _all_but_first(ids: list[int]) -> list[bool]:

@@ -12,6 +12,8 @@ from scmini.store import Work
 from scmini.training.checkpoints import peak_gib
 
 TEMPERATURE = "sft-temperature-"
+SHARD = 512
+"""Prompts per shard in scratch/: at most this much work is lost when the machine stops."""
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
@@ -27,7 +29,7 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         examples=examples,
         n=1,
         stream="generate",
-        shard_size=config.generate.batch_size,
+        shard_size=SHARD,
         folder=shards,
     )
     found = []

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from scmini.chat import check_tokenizer
 from scmini.config import Config
 from scmini.errors import DataError
 from scmini.models import loading
@@ -22,7 +23,9 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
     section = config.sft_continued if continued else config.sft
     source = loading.model_source(config, inputs)
     adapter = inputs["sft"] / "adapter" if continued else None
-    tokenizer = loading.load_tokenizer(str(adapter) if adapter else source)
+    revision = None if adapter else config.model.revision
+    tokenizer = loading.load_tokenizer(str(adapter) if adapter else source, revision)
+    check_tokenizer(tokenizer)
     examples = read_examples(inputs["data"] / "train.jsonl")[: section.num_prompts]
     found = [sft_group(tokenizer, e, section.loss_on, config.model.max_length) for e in examples]
     groups: list[Group] = [group for group in found if group is not None]

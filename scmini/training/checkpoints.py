@@ -81,7 +81,7 @@ def save_optimizer(state: dict[str, Any], folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, slots in state["state"].items():
-        for key, value in slots.items():
+        for key, value in _flat(slots).items():
             if isinstance(value, Tensor):
                 # A copy: 8-bit optimizers share tables between parameters, safetensors may not.
                 tensors[f"{index}.{key}"] = value.detach().cpu().clone().contiguous()
@@ -90,6 +90,14 @@ def save_optimizer(state: dict[str, Any], folder: Path) -> None:
     save_file(tensors, folder / "optimizer.safetensors")
     rest = {"scalars": scalars, "param_groups": state["param_groups"]}
     (folder / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
+
+
+def _flat(slots: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's slots; those that bitsandbytes keeps in a dict among them come out of it."""
+    flat: dict[str, Any] = {}
+    for key, value in slots.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:

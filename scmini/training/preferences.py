@@ -89,6 +89,9 @@ def sft_group(
     """
     if len(chat.response_ids(tokenizer, example.target)) >= max_length:
         return None
-    ids, scored = chat.conversation_ids(tokenizer, example.prompt, example.target, loss_on)
+    try:
+        ids, scored = chat.conversation_ids(tokenizer, example.prompt, example.target, loss_on)
+    except DataError as error:
+        raise DataError(f"prompt {example.id!r}: {error}") from None
     ids, scored = ids[-max_length:], scored[-max_length:]
     return Group.of_text(example.id, ids, [False, *scored[1:]])

@@ -53,7 +53,8 @@ class Steps(Dataset[Step]):
         self.rank, self.world_size = rank, world_size
         self.prompts_per_step = config.prompts_per_step
         self.per_epoch = math.ceil(len(groups) / config.prompts_per_step)
-        self.total = max(1, math.ceil(self.per_epoch * config.num_train_epochs))
+        steps = self.per_epoch * config.num_train_epochs
+        self.total = max(1, math.ceil(steps - 1e-9))  # 10 * 1.1 is a little over 11
         self._orders: dict[int, list[int]] = {}
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ from transformers import (
 
 from scmini import console
 from scmini.config import TrainingConfig
-from scmini.errors import EnvironmentProblem, ScminiError
+from scmini.errors import DataError, EnvironmentProblem, ScminiError
 from scmini.models.attention import sequence_logps
 from scmini.seeding import rng
 from scmini.training import checkpoints
@@ -278,10 +278,11 @@ def train(
         groups: the prompts; their order does not matter to the result, the seed draws another.
 
     Raises:
-        ScminiError: no prompt, or a loss or gradient that is not finite (naming the prompts).
+        DataError: no prompt.
+        ScminiError: a loss or gradient that is not finite (naming the prompts).
     """
     if not groups:
-        raise ScminiError("there is no prompt to train on")
+        raise DataError("no prompt is left to train on: all are longer than model.max_length")
     out.mkdir(parents=True, exist_ok=True)
     args = _arguments(config, out, seed, adam_beta2)
     steps = Steps(groups, objective, config, seed, args.process_index, args.world_size)

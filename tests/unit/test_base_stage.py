@@ -122,3 +122,32 @@ def test_empty_corpus(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "data" / "corpus.jsonl", [])
     with pytest.raises(DataError, match="num_pretraining"):
         base.run(_config(), {"data": tmp_path / "data"}, Work(tmp_path / "base"))
+
+
+def test_a_resumed_stage_tells_the_same(tmp_path: Path) -> None:
+    """Killed between the model and what comes after it: counts and notes are those of one go."""
+    config, inputs = _config(), {"data": tmp_path / "data"}
+    rows = dialogues(9)
+    rows[3]["messages"][0]["content"] = "word " * 200
+    write_jsonl(tmp_path / "data" / "corpus.jsonl", rows)
+    whole = Work(tmp_path / "whole")
+    base.run(config, inputs, whole)
+    assert whole.counts
+    (tmp_path / "whole" / "scratch" / "model.json").unlink()
+    before = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    again = Work(tmp_path / "whole")
+    base.run(config, inputs, again)
+    assert again.counts == whole.counts
+    assert again.notes["steps"] == whole.notes["steps"]
+    assert (tmp_path / "whole" / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_no_preferences_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    inputs = _inputs(tmp_path)
+    write_jsonl(inputs["data"] / "preferences.jsonl", [])
+    config = Config(
+        base=SMALL, data={"format": "jsonl", "path": "x.jsonl"}, reward={"grader": "model"}
+    )
+    with pytest.raises(DataError, match=r"name one in reward\.model_name_or_path"):
+        base.run(config, inputs, Work(tmp_path / "base"))
+    assert not (tmp_path / "base" / "model").exists()

@@ -140,3 +140,12 @@ def test_fit_cuts_the_prompt_from_the_left_and_never_the_response() -> None:
     assert fit([1, 2, 3, 4], 3, 5) == [3, 4]
     with pytest.raises(DataError, match=r"model\.max_length: 3"):
         fit([1], 3, 3)
+
+
+def test_two_answers_in_a_row() -> None:
+    messages = turns("the cat", "meow")
+    messages += [{"role": "assistant", "content": "purr"}, {"role": "user", "content": "and"}]
+    rendered = CHAT.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert prompt_ids(CHAT, messages) == rendered
+    with pytest.raises(DataError, match="message 3"):
+        conversation_ids(CHAT, messages, "x", "all")

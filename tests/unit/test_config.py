@@ -239,3 +239,16 @@ def test_machine_keys_stay_out_of_recipes() -> None:
     section = recipe_section(DPOConfig())
     assert "beta" in section
     assert not {"tokens_per_microbatch", "save_steps", "report_to"} & set(section)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("data.num_test", 10**6, "no more than"),
+        ("data.num_train", 10**6, "no more than"),
+        ("base.num_attention_heads", 128, "must be even"),
+    ],
+)
+def test_what_the_demo_cannot_be(key: str, value: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config("demo", [f"{key}={value}"])

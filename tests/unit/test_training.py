@@ -302,3 +302,31 @@ def test_score_equals_separate_sequences() -> None:
     for knob in (WHOLE, PIECES, 1):
         found = [value for values in score(TreeModule(model), groups, knob) for value in values]
         torch.testing.assert_close(torch.tensor(found), expected.detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit"])
+def test_checkpoints_of_bitsandbytes_optimizers(name: str, tmp_path: Path) -> None:
+    """Their state_dict hides the moments in a dict; what was saved and loaded goes on the same."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def make() -> tuple[torch.nn.Linear, Any]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(96, 64, bias=False)  # above 4096 weights: quantised moments
+        return layer, getattr(bnb.optim, name)(layer.parameters(), lr=1e-2)
+
+    def steps(layer: torch.nn.Linear, optimizer: Any, numbers: range) -> None:
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            layer(torch.randn(8, 96, generator=generator)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    layer, optimizer = make()
+    steps(layer, optimizer, range(3))
+    checkpoints.save_optimizer(optimizer.state_dict(), tmp_path)
+    again, restored = make()
+    again.load_state_dict(layer.state_dict())
+    restored.load_state_dict(checkpoints.load_optimizer(tmp_path))
+    steps(layer, optimizer, range(3, 6))
+    steps(again, restored, range(3, 6))
+    assert torch.equal(layer.weight, again.weight)
