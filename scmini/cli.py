@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 from scmini import __version__, pipeline
 from scmini.config import Config
 from scmini.config_file import config_to_yaml, load_config
-from scmini.console import clean, duration, say, size, table
-from scmini.errors import Interrupted, ScminiError, UsageError
-from scmini.stage_graph import STAGES
+from scmini.console import duration, mute, say, size, table, to_stderr
+from scmini.errors import EnvironmentProblem, Interrupted, ScminiError, UsageError
+from scmini.stage_graph import STAGES, Task
 
 COMMANDS = ("run", "status", "config")
 
@@ -134,15 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         command = {"run": _run, "status": _status, "config": _config}[arguments.command]
         command(arguments)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # the reader of stdout, `head` for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ScminiError as error:
         return _fail(error, str(error), error.exit_code)
     except KeyboardInterrupt as error:
         return _fail(error, "stopped", Interrupted.exit_code)
+    except OSError as error:
+        text = f"{error.filename or 'file system'}: {error.strerror or error}"
+        return _fail(error, text, EnvironmentProblem.exit_code)
     except Exception as error:
         text = f"a fault of scmini: {type(error).__name__}: {error}"
         return _fail(error, f"{text}\nSCMINI_TRACEBACK=1 shows where", 1)
@@ -150,9 +149,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(error: BaseException, message: str, code: int) -> int:
     if os.environ.get("SCMINI_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    print(f"scmini: {clean(message)}", file=sys.stderr)
+        to_stderr("".join(traceback.format_exception(error)))
+    to_stderr(f"scmini: {message}")
     return code
+
+
+def _print(text: str) -> None:
+    """A result, to stdout."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        mute(sys.stdout)
+        if not isinstance(error, BrokenPipeError):  # `head`, for example, has seen enough
+            raise
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -161,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UsageError("--from and --until go with `scmini run all`")
     config = _load(arguments, arguments.output)
     run_dir = arguments.output or _default_folder(config)
-    pipeline.run(
+    finished = pipeline.run(
         config,
         run_dir,
         only=only,
@@ -169,7 +178,7 @@ def _run(arguments: argparse.Namespace) -> None:
         until=arguments.until,
         force=arguments.force,
     )
-    if only in (None, "report"):
+    if Task("report") in finished:  # else what lies there is of another configuration
         _print_results(run_dir / "report")
 
 
@@ -181,15 +190,17 @@ def _status(arguments: argparse.Namespace) -> None:
         output = Path("runs") / "demo"
     config = _load(arguments, output)
     found = pipeline.status(config, output or _default_folder(config))
-    print(json.dumps(found, indent=1) if arguments.json else _status_table(found))
+    _print(json.dumps(found, indent=1) if arguments.json else _status_table(found))
 
 
 def _config(arguments: argparse.Namespace) -> None:
-    print(config_to_yaml(_load(arguments, None)), end="")
+    _print(config_to_yaml(_load(arguments, None)).rstrip("\n"))
 
 
 def _load(arguments: argparse.Namespace, output: Path | None) -> Config:
     """The configuration: `-c`, else that of an existing run folder, else the embedded demo."""
+    if output is not None and output.exists() and not output.is_dir():
+        raise UsageError(f"-o {output}: a file of this name is in the way; name a folder")
     name = arguments.config
     if name is None and output is not None and (output / "config.yaml").is_file():
         name = str(output / "config.yaml")
@@ -234,8 +245,8 @@ def _print_results(report: Path) -> None:
         ]
         for name, row in methods.items()
     ]
-    print(table(["method", "mean reward [95 %]", "win rate % [95 %]", "n"], rows))
-    print(report / "index.html")
+    head = ["method", "mean reward [95 %]", "win rate % [95 %]", "n"]
+    _print(f"{table(head, rows)}\n{report / 'index.html'}")
 
 
 def _interval(value: float, bounds: Sequence[float], digits: int) -> str:

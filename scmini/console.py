@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 PLAIN_SECONDS = 10.0
 EVENT_SECONDS = 0.2
@@ -22,6 +22,21 @@ _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _events_fd: int | None = None
 _last_event = 0.0
 _display: "Display | None" = None
+
+
+def to_stderr(text: str) -> None:
+    """Print to stderr. Work goes on when nobody reads it any more (`2>&1 | head`)."""
+    try:
+        print(clean(text), file=sys.stderr, flush=True)
+    except OSError:
+        mute(sys.stderr)
+
+
+def mute(stream: TextIO) -> None:
+    """Let what a stream still has to say go nowhere: a failure at exit would change the code."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def clean(text: str) -> str:
@@ -64,7 +79,7 @@ def _tell(kind: str, text: str) -> None:
     elif _display is not None:
         _display.line(text if kind == "say" else f"warning: {text}")
     else:
-        print(clean(text if kind == "say" else f"warning: {text}"), file=sys.stderr, flush=True)
+        to_stderr(text if kind == "say" else f"warning: {text}")
 
 
 def progress(done: int, total: int, unit: str = "", **figures: float | str) -> None:
@@ -160,7 +175,7 @@ class Display:
 
             self._rich.console.print(Text(clean(text)))
         else:
-            print(clean(text), file=sys.stderr, flush=True)
+            to_stderr(text)
 
     def start(self, label: str) -> None:
         """A task begins."""

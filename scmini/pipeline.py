@@ -26,8 +26,8 @@ from scmini.console import Display, clean, duration, say, size, table
 from scmini.errors import Interrupted, ScminiError, StageFailed, UsageError
 from scmini.locks import locked
 from scmini.run_folder import RunFolder, links
-from scmini.stage_graph import STAGES, Task, check_stage, inputs, recipe, tasks
-from scmini.store import Finished, Recipe, Store, explain
+from scmini.stage_graph import STAGES, Task, check_sources, check_stage, inputs, recipe, tasks
+from scmini.store import Finished, Recipe, Store, disk_full_is_said, explain
 from scmini.worker import EVENTS_VARIABLE
 
 WORKER = [sys.executable, "-P", "-m", "scmini.worker"]
@@ -49,18 +49,24 @@ def run(
     from_: str | None = None,
     until: str | None = None,
     force: bool = False,
-) -> None:
+) -> dict[Task, Finished]:
     """Finish the stages of a run: all, one (`only`), or a range (`from_`, `until`; both included).
 
     Args:
         force: make the stages anew even where they are finished.
 
+    Returns:
+        The tasks up to the last chosen stage, all of them finished for this configuration.
+
     Raises:
+        EnvironmentProblem: the disk is full.
         UsageError: a stage before the chosen ones is not finished.
         StageFailed: a stage's process ended badly; carries its exit code.
         Interrupted: stopped by a signal; everything finished and half-finished is kept.
     """
-    _Run(config, run_dir, _chosen(config, only, from_, until), force, only or "all").all()
+    chosen = _chosen(config, only, from_, until)
+    check_sources(config)
+    return _Run(config, run_dir, chosen, force, only or "all").all()
 
 
 def _chosen(config: Config, only: str | None, from_: str | None, until: str | None) -> list[str]:
@@ -80,20 +86,30 @@ class _Run:
     def __init__(
         self, config: Config, run_dir: Path, chosen: list[str], force: bool, what: str
     ) -> None:
-        self.config, self.chosen, self.force = config, chosen, force
+        self.config, self.chosen, self.force, self.what = config, chosen, force, what
+        self.current = chosen[0]
         self.path = run_dir
         self.tasks = tasks(config)
         self.store = Store(store_root(run_dir))
         self.finished: dict[Task, Finished] = {}
         self.built: set[Task] = set()
-        self.resume = f"scmini run {what} -o {shlex.quote(str(run_dir))}"
-        if what == "all" and chosen[-1] != list(STAGES)[-1]:
-            self.resume += f" --until {chosen[-1]}"
 
-    def all(self) -> None:
-        """Finish every chosen task."""
+    @property
+    def resume(self) -> str:
+        """The command that goes on from here."""
+        first, *_, last = STAGES
+        command = f"scmini run {self.what} -o {shlex.quote(str(self.path))}"
+        if self.what == "all" and self.force and self.current != first:
+            command += f" --from {self.current}"  # those before it are made anew already
+        if self.what == "all" and self.chosen[-1] != last:
+            command += f" --until {self.chosen[-1]}"
+        return f"{command} --force" if self.force else command
+
+    def all(self) -> dict[Task, Finished]:
+        """Finish every chosen task; returns what is finished."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path / ".lock", f"another scmini run is working in {self.path}"):
+        busy = f"another scmini run is working in {self.path}"
+        with disk_full_is_said(self.path), locked(self.path / ".lock", busy):
             self.folder = RunFolder(self.path)
             self.folder.begin(self.config, self.tasks)
             with Display() as self.display, _signals_interrupt():
@@ -105,12 +121,17 @@ class _Run:
                 except Interrupted as error:
                     raise Interrupted(f"{error}. {self._kept()}") from None
         say(self._table())
-        if not self.built:
+        if not self.built and len(self.finished) == len(self.tasks):
             say("Nothing to run: all of it is finished.")
+        elif not self.built:
+            say(f"Nothing to run up to {self.chosen[-1]}: it is finished.")
+        return self.finished
 
     def _stage(self, stage: str, group: list[Task]) -> None:
         """Finish the tasks of a stage; those that read from one another take several processes."""
         waiting = group
+        if stage in self.chosen:
+            self.current = stage
         while waiting:
             ready = [t for t in waiting if all(i.task in self.finished for i in self._inputs(t))]
             pending = []
@@ -262,7 +283,8 @@ class _Child:
             tail = _tail(log.read_bytes() if log.exists() else b"") or _tail(output.read())
             text += f"\n{tail}\nlog: {log}" if tail else ""
         if self.error is None or not self.error["busy"]:
-            self.run.folder.fail(self.current, self.recipes[self.current].digest, message)
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self.run.folder.fail(self.current, self.recipes[self.current].digest, message)
         return StageFailed(label, code, f"{text}\nto go on: {self.run.resume}")
 
 

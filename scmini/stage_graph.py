@@ -238,13 +238,8 @@ def _sources(config: Config, task: Task) -> dict[str, str]:
         paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
         for path in paths:
             found[f"data.path {path}"] = _file(Path(path))
-    if "model" in sections(task) and config.model.model_name_or_path and task.stage != "reward":
-        name = config.model.model_name_or_path
-        found["model.model_name_or_path"] = _model(name, config.model.revision)
-    if task.stage == "reward" and config.reward.model_name_or_path:
-        found["reward.model_name_or_path"] = _model(config.reward.model_name_or_path)
-    if task.stage == "embed" and config.embed.encoder != "hashed-ngrams":
-        found["embed.encoder"] = _model(config.embed.encoder)
+    for key, (name, revision) in _models(config, task).items():
+        found[key] = _model(name, revision)
     return found
 
 
@@ -268,6 +263,31 @@ def _model(name: str, revision: str | None = None) -> str:
     if folder.is_dir():
         return folder_digest(folder)
     return f"{name}@{revision or 'main'}"
+
+
+def check_sources(config: Config) -> None:
+    """Look for every local file and folder that the configuration names, before anything runs.
+
+    Raises:
+        DataError: one is missing; names the key.
+    """
+    for task in tasks(config):
+        for key, (name, _) in _models(config, task).items():
+            if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+                raise DataError(f"{key}: the folder {name} does not exist")
+
+
+def _models(config: Config, task: Task) -> dict[str, tuple[str, str | None]]:
+    """Models from outside that a task loads: key of the configuration -> name and revision."""
+    found = {}
+    if "model" in sections(task) and task.stage != "reward":
+        found["model.model_name_or_path"] = config.model.model_name_or_path
+    if task.stage == "reward":
+        found["reward.model_name_or_path"] = config.reward.model_name_or_path
+    if task.stage == "embed" and config.embed.encoder != "hashed-ngrams":
+        found["embed.encoder"] = config.embed.encoder
+    revisions = {"model.model_name_or_path": config.model.revision}
+    return {key: (name, revisions.get(key)) for key, name in found.items() if name}
 
 
 def folder_digest(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
     .store/dpo-self-contrast-4-3fa9c1d20b77/           finished: products and manifest.json
     .store/.dpo-self-contrast-4-3fa9c1d20b77.partial/  being built, or left by a crash: continued
+                                               (log/forced in it: begun anew by --force)
     .store/.dpo-self-contrast-4-3fa9c1d20b77.lock      held (flock) by the process that builds it
     .store/.dpo-self-contrast-4-3fa9c1d20b77.old/      replaced by --force, about to be deleted
 
@@ -25,7 +26,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from scmini.errors import EnvironmentProblem, StoreDamaged
+from scmini.errors import EnvironmentProblem, StageFailed, StoreDamaged
 from scmini.locks import is_locked, locked
 
 MANIFEST = "manifest.json"
@@ -36,6 +37,8 @@ PACKAGES = (
     *("faiss-cpu", "numpy", "pyarrow", "tokenizers"),
 )
 _SESSIONS = "log/sessions.json"
+_FORCED = "log/forced"
+_ALMOST_FULL = 64 << 20
 
 
 def digest(value: Any) -> str:
@@ -100,7 +103,9 @@ class Work:
     path: Path
     method: str | None = None
     earlier: list[Path] = field(default_factory=list)
-    """Finished folders of this stage and method whose recipe differs in the pairs chosen alone."""
+    """Finished folders of this stage and method whose recipe differs in the pairs chosen alone.
+
+    Those that are damaged are left out, and all of them under --force."""
     counts: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -154,7 +159,8 @@ class Store:
         """Yield the work folder, kept across crashes, and finish it when the block ends well.
 
         Yields None when the stage is already finished, unless `force`: then the finished folder
-        stays until its replacement is complete.
+        stays until its replacement is complete. Beside a finished folder, `force` goes on only with
+        work that an earlier `force` began; what was begun without it is deleted.
 
         Raises:
             StoreBusy: another process is building it.
@@ -162,7 +168,7 @@ class Store:
         """
         final, partial = self.root / recipe.folder, self.partial(recipe)
         old = self.root / f".{recipe.folder}.old"
-        with _disk_full_is_said(self.root):
+        with disk_full_is_said(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             with locked(self._lock(recipe), f"{recipe.folder} is being built by another process"):
                 if old.exists() and not final.exists():
@@ -170,9 +176,8 @@ class Store:
                 if final.exists() and not force:
                     yield None
                     return
-                earlier = [found.path for found in self.relatives(recipe)]
-                work = Work(partial, recipe.method, earlier)
-                _reopen(partial)
+                work = Work(partial, recipe.method, [] if force else self._earlier(recipe))
+                _reopen(partial, anew=force, finished=final.exists())
                 yield work
                 _seal(work, recipe)
                 if final.exists():
@@ -208,6 +213,15 @@ class Store:
                 if same and other and essence(other.recipe) == essence(recipe):
                     found.append(other)
         return found
+
+    def _earlier(self, recipe: Recipe) -> list[Path]:
+        """Folders of the relatives whose files are as they were written."""
+        intact = []
+        for found in self.relatives(recipe):
+            with suppress(StoreDamaged, OSError):
+                self.verify(found)
+                intact.append(found.path)
+        return intact
 
     def _lock(self, recipe: Recipe) -> Path:
         return self.root / f".{recipe.folder}.lock"
@@ -260,20 +274,41 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def _disk_full_is_said(root: Path) -> Iterator[None]:
+def disk_full_is_said(root: Path) -> Iterator[None]:
+    """Turn the errors of a full disk into an `EnvironmentProblem` that names `root`."""
     try:
         yield
+    except StageFailed:  # says already what happened, and quotes a log
+        raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
+        if not _is_disk_full(error, root):
             raise
         raise EnvironmentProblem(
             f"{root}: the disk is full. Everything finished is kept: free some space and run again"
         ) from error
 
 
-def _reopen(partial: Path) -> None:
-    """Make a work folder ready: torn files go, and the time spent in it so far is kept."""
+def _is_disk_full(error: Exception, root: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error):
+        return True
+    # torch.save says only that its file is shorter than what it wrote.
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        with suppress(OSError):
+            return shutil.disk_usage(root).free < _ALMOST_FULL
+    return False
+
+
+def _reopen(partial: Path, *, anew: bool, finished: bool) -> None:
+    """Make a work folder ready: torn files go, and the time spent in it so far is kept.
+
+    Args:
+        anew: what was not begun this way does not count, if the stage is `finished`.
+    """
+    if anew and finished and partial.exists() and not (partial / _FORCED).exists():
+        shutil.rmtree(partial)
+    forced = anew and not partial.exists()
     partial.mkdir(exist_ok=True)
     for torn in list(partial.rglob("*.tmp")):
         if torn.is_dir():
@@ -283,6 +318,8 @@ def _reopen(partial: Path) -> None:
     sessions = _sessions(partial)
     (partial / "log").mkdir(exist_ok=True)
     write_atomic(partial / _SESSIONS, json.dumps([*sessions, [time.time(), None]]).encode())
+    if forced:
+        (partial / _FORCED).touch()
 
 
 def _sessions(partial: Path) -> list[list[float]]:
@@ -307,8 +344,8 @@ def _seal(work: Work, recipe: Recipe) -> None:
     files = {}
     for path in sorted(work.path.rglob("*")):
         _sync(path)
-        if path.is_file():
-            name = path.relative_to(work.path).as_posix()
+        name = path.relative_to(work.path).as_posix()
+        if path.is_file() and name != _FORCED:
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {
         "recipe": asdict(recipe),
@@ -322,6 +359,7 @@ def _seal(work: Work, recipe: Recipe) -> None:
         "files": files,
     }
     write_atomic(work.path / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+    (work.path / _FORCED).unlink(missing_ok=True)  # last: sealing may fail and be tried again
 
 
 def versions() -> dict[str, str]:

@@ -62,7 +62,8 @@ def _do(config: Config, store: Store, entry: dict[str, Any], *, force: bool) -> 
                     folders = _verified_inputs(store, entry["inputs"])
                     load_stage(recipe.stage)(config, folders, work)
                 except Exception:
-                    traceback.print_exc()
+                    with contextlib.suppress(OSError):  # a full disk must not hide the error
+                        traceback.print_exc()
                     raise
             _note_machine(work)
     console.emit({"event": "finish", "task": key, "folder": recipe.folder})
@@ -105,8 +106,9 @@ def _output_to(log: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         for number, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, number)
             os.close(copy)

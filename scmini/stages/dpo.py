@@ -70,7 +70,7 @@ def _groups(
             if row is None or row["num_tokens"] != length:
                 raise DataError(
                     f"{path}: no log-probability of response {index} of prompt {pair.id!r} with "
-                    f"{length} tokens; run again with --from reference"
+                    f"{length} tokens; run again with --from reference --force"
                 )
         logps = [row["logp"] for row in rows if row is not None]
         groups.append(Group(group.id, group.sequences, group.num_scored, logps))

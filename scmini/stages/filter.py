@@ -51,9 +51,8 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
     prompts: Prompts = ((example, None, []) for example in examples)
     total = len(examples)
     if "sample" in inputs:
-        _write_similarity(inputs["embed"], work.path / "similarity")
+        total = _write_similarity(inputs["embed"], work.path / "similarity")
         prompts = _answered(examples, inputs["sample"], work.path / "similarity")
-        total = len(examples[: config.sample.num_prompts])
     tally, used = _Tally(config), []
     with _PairFiles(work.path / "pairs", methods) as files:
         for done, (example, samples, similarity) in enumerate(prompts):
@@ -98,10 +97,15 @@ def group_similarity(groups: list[int], vectors: NDArray[np.float16]) -> list[li
     return [row[: rows - 1].tolist() for row, rows in zip(cosines, groups, strict=True)]
 
 
-def _write_similarity(embeddings: Path, folder: Path) -> None:
-    """One file per shard of embeddings: id, similarity of each answer to the target."""
+def _write_similarity(embeddings: Path, folder: Path) -> int:
+    """One file per shard of embeddings: id, similarity of each answer to the target.
+
+    Returns:
+        The number of prompts.
+    """
     import pyarrow as pa
 
+    prompts = 0
     schema = pa.schema([("id", pa.string()), ("similarity", pa.list_(pa.float32()))])
     for number, (groups, vectors) in enumerate(read_vectors(embeddings)):
         if not np.isfinite(vectors).all():
@@ -114,6 +118,8 @@ def _write_similarity(embeddings: Path, folder: Path) -> None:
         ids = [id for id, _ in groups]
         table = pa.table({"id": ids, "similarity": found}, schema=schema)
         write_table(folder / f"part-{number:05d}.parquet", table)
+        prompts += len(groups)
+    return prompts
 
 
 def _answered(examples: list[Example], samples: Path, similarity: Path) -> Prompts:

@@ -71,7 +71,8 @@ def check_start(module: TreeModule, groups: Sequence[Group], tokens_per_microbat
                     f"the reference is not the policy's start: prompt {group.id!r} has a response "
                     f"of {length} tokens with log-probability {logp:.4f} under the policy before "
                     f"its first step, but {ref:.4f} in the reference. Base model, SFT adapter, "
-                    "precision or chat template changed in between; run again with --from reference"
+                    "precision or chat template changed in between; run again with "
+                    "--from reference --force"
                 )
             worst = max(worst, difference)
     return worst

@@ -13,6 +13,7 @@ from scmini import __version__, cli, pipeline
 from scmini.config_file import load_config, parse_config
 from scmini.console import Display, clean, duration, progress, size, table
 from scmini.errors import DataError, DoesNotFit, Interrupted, ServiceError, StageFailed, StoreBusy
+from scmini.stage_graph import Task
 
 REPOSITORY = Path(cli.__file__).parent.parent
 
@@ -25,9 +26,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Calls of `pipeline.run`, which does nothing here."""
+    """Calls of `pipeline.run`, which does nothing here and says that the report is finished."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: calls.append((*args, kwargs)))
+
+    def run(*args: Any, **kwargs: Any) -> dict[Task, None]:
+        calls.append((*args, kwargs))
+        return {Task("report"): None} if kwargs["until"] is None else {}
+
+    monkeypatch.setattr(pipeline, "run", run)
     return calls
 
 
@@ -72,6 +78,8 @@ def test_mistakes_exit_2_with_a_hint(words: list[str], said: str, capsys: Any) -
         (Interrupted("x"), 6),
         (KeyboardInterrupt(), 6),
         (ServiceError("x"), 7),
+        (OSError(5, "Input/output error", "x"), 3),
+        (BrokenPipeError(32, "Broken pipe"), 3),
         (StageFailed("sft", 5, "x"), 5),
         (ZeroDivisionError("x"), 1),
     ],
@@ -169,6 +177,22 @@ def test_results_go_to_stdout(ran: list[tuple[Any, ...]], capsys: Any) -> None:
         "500",
     ]
     assert lines[2] == "runs/demo/report/index.html"
+    assert cli.main(["run", "all", "--until", "data"]) == 0
+    assert capsys.readouterr().out == "", "the report of another configuration"
+
+
+@pytest.mark.parametrize(
+    ("folder", "code", "said"),
+    [
+        ("taken", 2, "-o taken: a file of this name is in the way; name a folder"),
+        ("taken/below", 3, "taken/below: Not a directory"),
+        ("/proc/x", 3, "/proc/x: No such file or directory"),
+    ],
+)
+def test_a_run_folder_that_cannot_be(folder: str, code: int, said: str, capsys: Any) -> None:
+    Path("taken").touch()
+    assert cli.main(["run", "all", "-c", "demo", "-o", folder]) == code
+    assert capsys.readouterr().err == f"scmini: {said}\n"
 
 
 def start(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -206,6 +230,27 @@ def test_a_closed_pipe_is_no_fault() -> None:
     )
     assert "fault" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_nobody_reads_the_progress() -> None:
+    """The work goes on, and so does what is said to stdout."""
+    script = (
+        "import sys\nfrom scmini import cli, pipeline\nfrom scmini.console import Display, say\n"
+        "def run(*_, **__):\n"
+        "    with Display() as display:\n"
+        "        for _ in range(3): say('x'); display.start('sft')\n"
+        "    print('went on'); return {}\n"
+        "pipeline.run = run\nsys.exit(cli.main(['run', 'all']))\n"
+    )
+    receive, send = os.pipe()
+    os.close(receive)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=send, text=True, check=False
+    )
+    os.close(send)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
 def test_plain_lines_are_few_and_show_first_and_last(capsys: Any) -> None:

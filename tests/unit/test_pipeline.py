@@ -1,6 +1,7 @@
 """The stage graph and the runner, with small stand-ins for the stages in real child processes."""
 
 import ast
+import errno
 import hashlib
 import json
 import os
@@ -210,6 +211,8 @@ def test_a_stage_reads_no_setting_that_its_recipe_lacks(path: Path) -> None:
         path.stem, set()
     )
     allowed |= {"data": {"model"}}.get(path.stem, set())  # whether a model is named
+    # Only to ask whether a program can grade; another format is another train.jsonl as well.
+    allowed |= {"filter": {"data"}}.get(path.stem, set())
     if path.stem != "report":
         assert read & set(Config.model_fields) <= allowed
 
@@ -353,6 +356,69 @@ def test_force(tmp_path: Path, executed: Any) -> None:
     assert executed() == ["sft"]
     pipeline.run(c, run_dir)
     assert executed() == []  # the same files came out
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [
+        ({}, "run all -o {} --from sft --force"),
+        (
+            {"from_": "base", "until": "generate"},
+            "run all -o {} --from sft --until generate --force",
+        ),
+        ({"only": "sft"}, "run sft -o {} --force"),
+    ],
+)
+def test_how_to_go_on_with_force(
+    tmp_path: Path,
+    executed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    words: dict[str, str],
+    resume: str,
+) -> None:
+    c, run_dir = config("methods=[sft]"), tmp_path / "toy"
+    pipeline.run(c, run_dir, until="sft")
+    behave(monkeypatch, sft="crash")
+    with pytest.raises(StageFailed) as caught:
+        pipeline.run(c, run_dir, force=True, **words)  # type: ignore[arg-type]
+    assert str(caught.value).endswith(f"to go on: scmini {resume.format(run_dir)}")
+
+
+def test_what_is_said_to_be_finished(tmp_path: Path, executed: Any, capsys: Any) -> None:
+    c, run_dir = config("methods=[sft]"), tmp_path / "toy"
+    assert Task("report") in pipeline.run(c, run_dir)
+    capsys.readouterr()
+    assert list(pipeline.run(config("methods=[sft]", "sft.lora_r=4"), run_dir, until="data")) == [
+        Task("data")
+    ]
+    assert "Nothing to run up to data: it is finished." in capsys.readouterr().err
+    pipeline.run(c, run_dir)
+    assert "Nothing to run: all of it is finished." in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_hide_what_happened(
+    tmp_path: Path, executed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    c, run_dir = config("methods=[sft]"), tmp_path / "toy"
+    behave(monkeypatch, data="data")
+    monkeypatch.setattr(RunFolder, "fail", full)
+    with pytest.raises(StageFailed, match="field 'id' is missing") as caught:
+        pipeline.run(c, run_dir)
+    assert caught.value.exit_code == 5
+    monkeypatch.setattr(RunFolder, "begin", full)
+    with pytest.raises(EnvironmentProblem, match="toy: the disk is full"):
+        pipeline.run(c, run_dir)
+
+
+def test_stages_of_another_version_stay_in_the_record(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    odd = {"distil": {}, "distil:dpo": {}, "data:dpo": {}, "dpo": {}}
+    folder.record["stages"] = {**odd, "dpo:spin": {}}
+    folder.begin(config(), [])
+    assert RunFolder(tmp_path).record["stages"] == odd
 
 
 @pytest.mark.parametrize(
@@ -553,3 +619,12 @@ def test_the_run_lock_is_free_afterwards(tmp_path: Path, executed: Any) -> None:
     pipeline.run(config("methods=[sft]"), tmp_path / "toy", only="data")
     with locked(tmp_path / "toy" / ".lock", "busy"):
         pass
+
+
+@pytest.mark.parametrize("key", ["reward.model_name_or_path", "embed.encoder"])
+def test_a_missing_folder_is_said_before_anything_runs(key: str, tmp_path: Path) -> None:
+    grader = ["reward.grader=model"] if key.startswith("reward") else []
+    wrong = config(f"{key}=/no/such/model", *grader)
+    with pytest.raises(DataError, match=rf"{key}: the folder /no/such/model does not exist"):
+        pipeline.run(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -216,7 +216,8 @@ def test_dpo_refuses_missing_and_different_rows(run: Run) -> None:
     path = run.inputs["reference"] / "by-method" / "spin.parquet"
     table = read_table(path)
     write_table(path, table.slice(2))
-    with pytest.raises(DataError, match=r"spin.parquet: no log-probability of response -1.*'e0'"):
+    said = r"spin.parquet: no log-probability of response -1.*'e0'.*--from reference --force"
+    with pytest.raises(DataError, match=said):
         dpo.run(run.config, run.inputs, run.work("dpo", "spin"))
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -214,6 +215,37 @@ def test_force_replaces_when_complete(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [RECIPE.folder]
 
 
+@pytest.mark.parametrize("began_with_force", [False, True])
+def test_force_goes_on_only_with_its_own_work(tmp_path: Path, began_with_force: bool) -> None:
+    store = Store(tmp_path)
+    build(store)
+    if began_with_force:
+        with pytest.raises(KeyboardInterrupt), store.building(RECIPE, force=True) as work:  # noqa: PT012
+            assert work is not None
+            (work.path / "shard").touch()
+            raise KeyboardInterrupt
+    else:
+        (store.partial(RECIPE) / "shard").mkdir(parents=True)
+    with store.building(RECIPE, force=True) as work:
+        assert work is not None
+        assert (work.path / "shard").exists() == began_with_force
+    found = store.find(RECIPE)
+    assert found is not None
+    assert set(found.manifest["files"]) == ({"shard"} if began_with_force else set())
+    assert not list(found.path.rglob("forced"))
+
+
+def test_force_keeps_what_was_begun_of_an_unfinished_stage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt), store.building(RECIPE) as work:  # noqa: PT012
+        assert work is not None
+        (work.path / "shard").touch()
+        raise KeyboardInterrupt
+    with store.building(RECIPE, force=True) as work:
+        assert work is not None
+        assert (work.path / "shard").exists()
+
+
 def test_two_builders(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.building(RECIPE), pytest.raises(StoreBusy, match=r"being built by another.*\.lock"):  # noqa: SIM117
@@ -306,6 +338,18 @@ def test_a_full_disk(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
         assert (work.path / "shard").read_text() == "kept"
 
 
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_torch_on_a_full_disk(tmp_path: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save does not say why its file is too short."""
+    error = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    monkeypatch.setattr(
+        store_module.shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=free)
+    )
+    expected = EnvironmentProblem if free == 0 else RuntimeError
+    with pytest.raises(expected), store_module.disk_full_is_said(tmp_path):
+        raise error
+
+
 def test_differences_are_explained_field_by_field() -> None:
     new = replace(
         RECIPE,
@@ -339,6 +383,13 @@ def test_relatives_differ_in_the_filter_alone(tmp_path: Path) -> None:
     with store.building(new) as work:
         assert work is not None
         assert work.earlier == [tmp_path / base.folder]
+    with store.building(new, force=True) as work:
+        assert work is not None
+        assert work.earlier == []
+    (tmp_path / base.folder / "a.txt").write_text("other")
+    with store.building(replace(new, inputs={"sft": "1", "filter": "3"})) as work:
+        assert work is not None
+        assert work.earlier == [tmp_path / new.folder], "a damaged one"
 
 
 def test_recipes_with_equal_content_are_equal() -> None:
