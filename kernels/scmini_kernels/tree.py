@@ -250,6 +250,12 @@ def _parse_group(group: Sequence[SequenceLike], number: int) -> list[tuple[IntAr
     """(ids, scored mask) of every sequence of a group, checked."""
     if len(group) == 0:
         raise ValueError(f"group {number} is empty; expected at least one sequence")
+    pair = isinstance(group, tuple) and len(group) == 2
+    if pair and all(len(ids) == 0 or _is_scalar(ids[0]) for ids in group):  # type: ignore[arg-type]
+        raise ValueError(
+            f"group {number} is one (prompt, response) pair; expected a list of sequences: "
+            "pack([[(prompt, response), ...], ...])"
+        )
     return [
         _parse_sequence(sequence, f"group {number}, sequence {index}")
         for index, sequence in enumerate(group)

@@ -16,6 +16,8 @@ from scmini.evaluation.win_rate import Comparison
 
 TARGETS = "targets"
 _OURS = re.compile(r"self-contrast-(\d+)")
+FEWEST_PROMPTS = 50
+"""Below this a bootstrap interval is too narrow to be trusted, and no verdict is given."""
 _SIGNS = {1: "higher", -1: "lower"}
 
 Compare = Callable[[str, str], Comparison]
@@ -107,6 +109,8 @@ def headline(comparisons: Sequence[Comparison], unit: Unit) -> str:
     """
     if not comparisons:
         return "Nothing to compare: one method was run."
+    if comparisons[0].n < FEWEST_PROMPTS:
+        return f"Only {comparisons[0].n} test prompts: too few to tell methods apart."
     a = called(comparisons[0].a)
     parts = []
     for sign, word in _SIGNS.items():

@@ -162,7 +162,7 @@ def page_view(
     return {
         "name": config.name,
         "headline": wording.headline([versus(main, b) for b in wording.rivals(list(rows))], unit),
-        "facts": facts(config, results),
+        "facts": facts(config, results, inputs),
         "panels": [
             {"label": p.label, "uri": page.svg_uri(figures.to_svg(f, p.key))} for p, f in panels
         ],
@@ -184,7 +184,7 @@ def page_view(
     }
 
 
-def facts(config: Config, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts(config: Config, results: Mapping[str, Any], inputs: Inputs) -> list[tuple[str, str]]:
     """The section "what was run", line by line."""
     targets = results["methods"][wording.TARGETS]
     base = config.model.model_name_or_path or "a small Llama, trained on the spot (stage base)"
@@ -192,6 +192,7 @@ def facts(config: Config, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if config.grader == "model":
         judge = config.reward.model_name_or_path or (
             "a small reward model, trained on the data set's preferences"
+            + _reward_model_accuracy(inputs)
         )
     where = {"zoo": "zoo keeper, the embedded demo"}.get(config.data.format, config.data.format)
     temperature, dpo = config.generate.temperature, config.dpo
@@ -205,6 +206,14 @@ def facts(config: Config, results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("DPO", f"{dpo.loss_type}, beta {dpo.beta:g}, learning rate {dpo.learning_rate:g}"),
         ("Seed", str(config.seed)),
     ]
+
+
+def _reward_model_accuracy(inputs: Inputs) -> str:
+    notes = run_data.read_manifest(inputs["base"]).get("notes", {}) if "base" in inputs else {}
+    if "reward_model_accuracy" not in notes:
+        return ""
+    pairs = notes["reward_model_held_out_pairs"]
+    return f" (right on {100 * notes['reward_model_accuracy']:.0f} % of {pairs} held-out pairs)"
 
 
 def curve_pictures(config: Config, inputs: Inputs) -> list[dict[str, str]]:

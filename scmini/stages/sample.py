@@ -99,7 +99,7 @@ def _holds(path: Path, examples: list[Example]) -> bool:
 
 
 class _Meter:
-    """Progress with answers and tokens per second, of this process's own work."""
+    """Progress with tokens per second, of this process's own work."""
 
     def __init__(self, done: int, total: int) -> None:
         self._done, self._total = done, total
@@ -115,6 +115,5 @@ class _Meter:
             min(self._done + self._answers, self._total),
             self._total,
             "answers",
-            answers_per_second=round(self._answers / seconds, 1),
             tokens_per_second=round(self._tokens / seconds),
         )

@@ -237,3 +237,12 @@ def test_sequence_logps_refuses_what_is_not_one_number_per_edge(token_logps):
 def test_sequence_logps_refuses_another_device():
     with pytest.raises(ValueError, match="on meta, the tree on cpu"):
         PrefixTree.pack(EXAMPLE).sequence_logps(torch.zeros(12, device="meta"))
+
+
+def test_a_pair_where_a_group_should_be_is_refused() -> None:
+    prompt = [1, 2]
+    with pytest.raises(ValueError, match=r"group 0 is one \(prompt, response\) pair"):
+        PrefixTree.pack([(prompt, [5, 6]), (prompt, [5, 7])])
+    with pytest.raises(ValueError, match="group 0 is one"):
+        PrefixTree.pack([(np.array(prompt), torch.tensor([5, 6]))])
+    assert PrefixTree.pack([((prompt, [5, 6]), (prompt, [5, 7]))]).num_tokens == 5

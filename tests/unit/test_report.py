@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def test_broken_inputs_are_named(tmp_path: Path) -> None:
 def comparison(b: str, low: float, high: float, *runs: float) -> Comparison:
     middle = (low + high) / 2
     return Comparison(
-        "self-contrast-16", b, middle, (low, high), 50, (49, 51), runs or (middle,), 9
+        "self-contrast-16", b, middle, (low, high), 50, (49, 51), runs or (middle,), 900
     )
 
 
@@ -215,6 +216,7 @@ def test_headline_claims_only_what_intervals_show() -> None:
     assert "lower mean reward than dpo (−1.5" in text  # noqa: RUF001
     assert "No difference between self-contrast-16 and the targets (+1.0" in text
     assert text.count("higher") == 1
+    assert "too few" in headline([replace(better, n=49)], unit)
 
 
 def test_a_sentence_tells_when_runs_disagree() -> None:
