@@ -33,7 +33,7 @@ _NO_EFFECT = re.compile(r"(?P<key>[\w.]+) has no effect")
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars; no duplicate key, no alias."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
