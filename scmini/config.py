@@ -208,7 +208,6 @@ class DecodingConfig(Section):
 class SampleConfig(DecodingConfig):
     """n answers of the SFT model to every training prompt."""
 
-    engine: Literal["transformers"] = "transformers"
     n: int = Field(32, ge=1)
     num_prompts: int | None = Field(None, ge=1)
     """Sample for the first so many training prompts only; all when empty."""

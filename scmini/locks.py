@@ -49,7 +49,7 @@ def _acquire(path: Path, busy: str) -> int:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         except FileNotFoundError:
-            pass
+            pass  # its holder removed it after we opened it: open the new one
         except BlockingIOError:
             if time.monotonic() > end:
                 os.close(handle)
