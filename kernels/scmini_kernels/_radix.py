@@ -10,6 +10,20 @@ from numpy.typing import NDArray
 IntArray: TypeAlias = NDArray[np.int64]
 
 
+class Runs(NamedTuple):
+    """The unbranched stretches of a forest in row order, as (N,) int64 arrays on the host.
+
+    A run is the tokens between two branchings. Run n covers rows [starts[n], ends[n]), which see
+    the runs of its ancestors whole and itself causally; its keys are seen by the queries of rows
+    [starts[n], subtree_ends[n]). parents[n] < n is the run it continues, -1 for a root's.
+    """
+
+    starts: IntArray
+    ends: IntArray
+    subtree_ends: IntArray
+    parents: IntArray
+
+
 class Layout(NamedTuple):
     """The forest in depth-first order: per row (T,), per root tree, and per run."""
 
@@ -18,7 +32,8 @@ class Layout(NamedTuple):
     subtree_end: IntArray
     root_starts: tuple[int, ...]
     unbranched: tuple[bool, ...]
-    run_starts: IntArray  # first row of each run, by run number
+    runs: Runs
+    run_starts: IntArray  # first row of each run, by the forest's own number
 
     @property
     def num_tokens(self) -> int:
@@ -114,6 +129,12 @@ class RadixForest:
             if self._children[run]:
                 subtree_end[run] = subtree_end[next(reversed(self._children[run].values()))]
 
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        parents = np.asarray(self._parent, dtype=np.int64)[order]
+        runs = Runs(
+            starts[order], ends, subtree_end[order], np.where(parents < 0, -1, place[parents])
+        )
         return Layout(
             input_ids=np.concatenate(
                 [self._source[run][self._begin[run] : self._end[run]] for run in order]
@@ -122,6 +143,7 @@ class RadixForest:
             subtree_end=np.repeat(subtree_end[order], counts),
             root_starts=(*starts[roots].tolist(), int(ends[-1])),
             unbranched=tuple(not self._children[run] for run in roots),
+            runs=runs,
             run_starts=starts,
         )
 

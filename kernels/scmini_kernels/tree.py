@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scmini_kernels._radix import RadixForest, concatenated_ranges
+from scmini_kernels._radix import RadixForest, Runs, concatenated_ranges
 
 IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -64,6 +64,7 @@ class PrefixTree:
         root_starts: R + 1 Python ints: first row of every root tree, then T. Trees never see each
             other, so attention is block-diagonal over them.
         unbranched: R bools: the root tree is one run, for which plain causal attention is exact.
+        runs: the stretches between branchings, as NumPy arrays that stay on the host.
         depth: the largest number of tokens on a path; a sliding window this wide hides nothing.
 
     Tensors are made on the CPU; `to` moves them. Treat them as read-only: what is derived from
@@ -80,6 +81,7 @@ class PrefixTree:
     num_flat_tokens: int
     root_starts: tuple[int, ...]
     unbranched: tuple[bool, ...]
+    runs: Runs
     depth: int
     # Transpose of sequence_edges: the sequences that use each edge. Backward of sequence_logps.
     edge_sequences: SequenceEdges
@@ -343,6 +345,7 @@ def _lay_out(
         num_flat_tokens=int(lengths.sum()),
         root_starts=layout.root_starts,
         unbranched=layout.unbranched,
+        runs=layout.runs,
         depth=int(lengths.max()),
         edge_sequences=_csr(indices[by_edge], len(children), owner[by_edge]),
     )

@@ -43,6 +43,23 @@ def assert_is_twin(tree, groups):
     assert tree.num_flat_tokens == sum(len(ids) for group in groups for ids, _ in group)
 
 
+def assert_runs_describe(tree):
+    """The runs partition the rows, are as long as can be, and say who sees whom."""
+    starts, ends, subtree_ends, parents = tree.runs
+    end = tree.subtree_end.numpy()
+    assert starts.tolist() == [0, *(np.flatnonzero(end[1:] != end[:-1]) + 1).tolist()]
+    assert ends.tolist() == [*starts[1:].tolist(), tree.num_tokens]
+    assert subtree_ends.tolist() == end[starts].tolist()
+    mask = np.tril(np.ones((tree.num_tokens, tree.num_tokens), dtype=bool))
+    for n, (start, stop) in enumerate(zip(starts, ends, strict=True)):
+        mask[start:stop, :start] = False
+        above = parents[n]
+        while above >= 0:
+            mask[start:stop, starts[above] : ends[above]] = True
+            above = parents[above]
+    assert (mask == tree.reference_mask().numpy()).all()
+
+
 def masked(pair):
     prompt, response = pair
     return prompt + response, [False] * len(prompt) + [True] * len(response)
@@ -70,6 +87,7 @@ def test_worked_example():
 @given(pair_forests())
 def test_pack_is_the_trie_of_its_pairs(groups):
     assert_is_twin(PrefixTree.pack(groups), [[masked(pair) for pair in group] for group in groups])
+    assert_runs_describe(PrefixTree.pack(groups))
     counts = [PrefixTree.count_tokens(group) for group in groups]
     assert sum(counts) == PrefixTree.pack(groups).num_tokens
 

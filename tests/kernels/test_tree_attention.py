@@ -1,13 +1,16 @@
 """tree_attention: the PyTorch way against the reference, and both against separate rows."""
 
 import itertools
+from unittest import mock
 
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from scmini_kernels import PrefixTree, tree_attention
+from scmini_kernels import PrefixTree, _attention_plan, tree_attention
+from scmini_kernels._attention_plan import plan
 from scmini_kernels.reference import tree_attention_reference
 from tests.budget import assert_within_budget, values_and_gradients
 from tests.kernels.forests import pair_forests
@@ -44,6 +47,14 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(params=["whole trees", "every run apart"])
+def cut(request, monkeypatch):
+    """The plan weighs calls against wasted scores; these forests are too small to be cut."""
+    if request.param == "every run apart":
+        monkeypatch.setattr(_attention_plan, "CALL_FLOP", 0.0)
+        monkeypatch.setattr(_attention_plan, "MERGE", -1)
+
+
 def qkv(tree, heads, size, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tensors = [
@@ -58,6 +69,7 @@ def assert_same(got, expected, tolerance):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("groups", FORESTS.values(), ids=FORESTS)
 @pytest.mark.parametrize(
@@ -89,10 +101,74 @@ def test_any_forest(groups):
         expected = values_and_gradients(
             lambda *x, w=window: tree_attention_reference(*x, tree, window=w), inputs, upstream
         )
-        got = values_and_gradients(
-            lambda *x, w=window: tree_attention(*x, tree, window=w), inputs, upstream
-        )
-        assert_same(got, expected, 1e-12)
+        for call_flop in (0.0, _attention_plan.CALL_FLOP):
+            with mock.patch.object(_attention_plan, "CALL_FLOP", call_flop):
+                got = values_and_gradients(
+                    lambda *x, w=window: tree_attention(*x, tree, window=w), inputs, upstream
+                )
+            tree.cache.clear()
+            assert_same(got, expected, 1e-12)
+
+
+def covered(tree, pieces, window):
+    """(T, T) how often each pair of query and key is scored, by the meaning of the pieces."""
+    counts = torch.zeros(tree.num_tokens, tree.num_tokens, dtype=torch.int64)
+    seen = tree.reference_mask()
+    if window is not None:
+        seen &= tree.position_ids[:, None] - tree.position_ids[None, :] < window
+    for piece in pieces:
+        block = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
+        if piece.kind == "tree":
+            counts[block] += seen[block]
+        elif piece.kind == "full":
+            counts[block] += 1
+        else:
+            length = (piece.q_stop - piece.q_start) // piece.repeats
+            ones = [torch.ones(length, length).tril()] * piece.repeats
+            counts[block] += torch.block_diag(*ones).long()
+    return counts, seen.long()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(pair_forests(), st.sampled_from([None, 1, 2, 5, 9]), st.sampled_from([1.0, 1e5, 1e7, 1e12]))
+def test_the_plan_covers_each_visible_pair_once(groups, window, flop_per_score):
+    tree = PrefixTree.pack(groups)
+    pieces = plan(tree, window, flop_per_score)
+    counts, seen = covered(tree, pieces, window)
+    assert torch.equal(counts, seen)
+    own = [row for p in pieces if p.kind != "full" for row in range(p.q_start, p.q_stop)]
+    assert own == list(range(tree.num_tokens))
+
+
+def test_the_plan_leaves_out_what_the_mask_excludes():
+    """512 prompt tokens and 9 responses of 256: no mask at all, and responses in one batch."""
+    tree = PrefixTree.pack([branching(512, [256] * 9)])
+    pieces = plan(tree, None, 14 * 8 * 64)
+    assert pieces == [
+        ("causal", 0, 512, 0, 512, 1),
+        ("causal", 512, 2816, 512, 2816, 9),
+        ("full", 512, 2816, 0, 512, 1),
+    ]
+
+
+def test_a_window_over_one_long_run_takes_a_band():
+    tree = PrefixTree.pack([[list(range(1000))]])
+    pieces = plan(tree, 100, 14 * 8 * 64)
+    assert sum((p.q_stop - p.q_start) * (p.k_stop - p.k_start) for p in pieces) < 200_000
+
+
+def test_many_small_subtrees_share_a_piece():
+    tree = PrefixTree.pack([branching(9, [3, 4, 2, 5] * 4)])
+    assert plan(tree, None, 14 * 8 * 64) == [("tree", 0, 65, 0, 65, 1)]
+    long_prompt = PrefixTree.pack([branching(900, [3, 4, 2, 5] * 4)])
+    kinds = [piece[:3] for piece in plan(long_prompt, None, 14 * 8 * 64)]
+    assert kinds == [("causal", 0, 900), ("tree", 900, 956), ("full", 900, 956)]
+
+
+def test_a_long_chain_of_branchings_is_no_deep_recursion():
+    ids = list(range(60_000))
+    tree = PrefixTree.pack([[[*ids[: 40 * n], 70_000 + n] for n in range(1, 1500)]])
+    assert len(plan(tree, None, 1e9)) > 1500
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -134,6 +210,7 @@ def _group_of_row(tree, row, groups):
     return int(torch.searchsorted(ends, row, right=True))
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("name", ["one tree", "mixed"])
@@ -159,18 +236,23 @@ def test_half_precision_keeps_the_budget(name, options, dtype):
     assert_within_budget(ours, plain, inputs, upstream)
 
 
-def test_masks_are_made_once_per_forest_and_window():
+def test_pieces_are_planned_once_per_forest_and_window():
     tree = PrefixTree.pack(FORESTS["mixed"])
     (q, k, v), _ = qkv(tree, (2, 2), 4, torch.float32)
     for _ in range(3):
         for window in (None, 5, 1000, tree.depth):
             tree_attention(q, k, v, tree, window=window)
     assert len(tree.cache) == 2
-    narrow, plain = sorted(tree.cache.values(), key=lambda blocks: blocks[0].mask is None)
-    assert [(b.trees, b.length, b.mask is None) for b in plain] == [
-        (2, 19, True), (1, 19, False), (1, 19, True), (1, 3, True),
-    ]  # fmt: skip
-    assert [b.mask is None for b in narrow] == [False, False, False, True]
+
+
+def test_differentiable_once():
+    tree = PrefixTree.pack(FORESTS["one tree"])
+    (q, k, v), _ = qkv(tree, (2, 1), 4, torch.float64)
+    (grad,) = torch.autograd.grad(
+        tree_attention(q.requires_grad_(), k, v, tree).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_gradient_goes_only_where_it_is_asked_for():
@@ -212,7 +294,10 @@ def zeros(*shape, dtype=torch.float32, device="cpu"):
         ({"tree": PrefixTree.pack(FORESTS["one tree"]).to("meta")}, "tree: expected q's device"),
         ({"window": 0}, "window: expected at least 1"),
         ({"softcap": 0.0}, "softcap: expected a positive number, got 0.0"),
-        ({"impl": "triton?"}, "impl: expected one of auto, torch, reference, got 'triton\\?'"),
+        (
+            {"impl": "triton?"},
+            "impl: expected one of auto, triton, torch, reference, got 'triton\\?'",
+        ),
     ],
 )
 def test_mistakes_are_named(change, message):

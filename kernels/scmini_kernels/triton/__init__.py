@@ -1,0 +1,1 @@
+"""The Triton kernels with their launchers and their tuned configurations."""
