@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scmini import __version__, pipeline
+from scmini import __version__, pipeline, verify
 from scmini.config import Config
 from scmini.config_file import config_to_yaml, load_config
 from scmini.console import duration, mute, say, size, table, to_stderr
 from scmini.errors import EnvironmentProblem, Interrupted, ScminiError, UsageError
 from scmini.stage_graph import STAGES, Task
 
-COMMANDS = ("run", "status", "config")
+COMMANDS = ("run", "status", "verify", "config")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _with_hint(message: str) -> str:
-    choice = re.search(r"invalid choice: '([^']*)'", message)
+    choice = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
     if choice:
         near = difflib.get_close_matches(choice[1], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are: {', '.join(COMMANDS)}"
@@ -91,6 +91,7 @@ def build_parser() -> _Parser:
     _add_config(status)
     _add_output(status)
     status.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    _add_verify(commands)
     config = commands.add_parser(
         "config",
         help="print the resolved configuration, ready to save",
@@ -99,6 +100,26 @@ def build_parser() -> _Parser:
     )
     _add_config(config)
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="prove on this machine that the fast ways give what the slow ones give",
+        description="Prove on this machine that fast equals slow: packed rows = separate "
+        "sequences, every kernel = plain PyTorch, a step in micro-batches = the whole step, "
+        "step-0 rewards = 0. A table of measured and allowed errors; exit code 1 if one is larger.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER|NAME",
+        help="a model, loaded in NF4 as a run would (default: a tiny one of random weights)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do one command; returns the exit code."""
     try:
         arguments = build_parser().parse_args(argv)
-        command = {"run": _run, "status": _status, "config": _config}[arguments.command]
-        command(arguments)
+        actions = {"run": _run, "status": _status, "verify": _verify, "config": _config}
+        actions[arguments.command](arguments)
         return 0
     except ScminiError as error:
         return _fail(error, str(error), error.exit_code)
@@ -191,6 +212,18 @@ def _status(arguments: argparse.Namespace) -> None:
     config = _load(arguments, output)
     found = pipeline.status(config, output or _default_folder(config))
     _print(json.dumps(found, indent=1) if arguments.json else _status_table(found))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    found = verify.verify(arguments.device, arguments.model)
+    if arguments.json:
+        _print(json.dumps(found, indent=1))
+    elif sys.stdout.isatty():
+        verify.show_on_terminal(found)
+    else:
+        _print(verify.plain_text(found))
+    if not found["passed"]:
+        raise ScminiError(f"verification failed: {verify.summary(found)}")
 
 
 def _config(arguments: argparse.Namespace) -> None:

@@ -55,11 +55,21 @@ class ModelConfig(Section):
     """Precision of the computation; adapters are always float32."""
     max_length: int = Field(2048, ge=8)
     """Longest prompt with response, in tokens."""
+    attn_implementation: Literal["tree", "flash_attention_2"] = machine("tree")
+    """`flash_attention_2`: rows that share nothing (SFT) go through flash-attn (extra `flash`)."""
+    use_liger_kernel: bool = machine(False)
+    """Liger's RMSNorm, RoPE and SwiGLU in training and scoring (extra `liger`, CUDA)."""
 
     @model_validator(mode="after")
     def _revision_needs_name(self) -> "ModelConfig":
         if self.revision is not None and self.model_name_or_path is None:
             raise ValueError("revision has no effect without model_name_or_path")
+        return self
+
+    @model_validator(mode="after")
+    def _flash_needs_16_bits(self) -> "ModelConfig":
+        if self.attn_implementation == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError("attn_implementation: flash_attention_2 needs dtype bfloat16, float16")
         return self
 
 

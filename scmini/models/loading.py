@@ -27,7 +27,9 @@ from transformers import (
 
 from scmini.config import Config, ModelConfig, SFTConfig
 from scmini.errors import ConfigError, DataError, EnvironmentProblem
-from scmini.models.attention import output_head, plain_model
+from scmini.models.attention import check_attention, choose_attention, output_head, plain_model
+from scmini.models.elementwise import apply_liger, check_liger
+from scmini.models.qlora import fuse_lora
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
@@ -103,9 +105,9 @@ def fresh_adapter(config: ModelConfig, source: str, sft: SFTConfig, seed: int) -
     """A new trainable LoRA adapter (float32) on the frozen base model. B is 0: it changes nothing.
 
     A depends on the seed alone. Raises ConfigError where `sft.lora_target_modules` fits no layer,
-    or names lm_head.
+    or names lm_head; EnvironmentProblem where a chosen kernel library or its device is missing.
     """
-    base = load_base(config, source)
+    base = _load_for_scoring(config, source)
     lora = LoraConfig(
         r=sft.lora_r,
         lora_alpha=sft.lora_alpha,
@@ -120,6 +122,7 @@ def fresh_adapter(config: ModelConfig, source: str, sft: SFTConfig, seed: int) -
         except ValueError as error:
             raise ConfigError(f"sft.lora_target_modules: {error}") from None
     output_head(plain_model(model))
+    fuse_lora(model)
     return model
 
 
@@ -135,17 +138,23 @@ def load_policy(
 
     Raises:
         DataError: the folder is no safetensors adapter, or does not fit this base model.
+        EnvironmentProblem: a chosen kernel library, or the CUDA device that it needs, is missing.
     """
-    base = load_base(config, source)
-    return base if adapter is None else _attach(base, source, adapter, trainable=trainable)
+    base = _load_for_scoring(config, source)
+    if adapter is None:
+        return base
+    model = _attach(base, source, adapter, trainable=trainable)
+    fuse_lora(model)
+    return model
 
 
 def load_for_generation(config: ModelConfig, source: str, adapter: Path | None) -> PreTrainedModel:
     """The policy ready for `generate`, with the same weight values, made as fast as they allow.
 
     In float32 the adapter is merged (it changes rounding only). In 16 bits merging would round the
-    adapter away, so it stays beside the weights. On the CPU, where every NF4 product would decode
-    its weights anew for each token, they are decoded once.
+    adapter away, so it stays beside the weights, with PEFT's own forward: on CUDA it multiplies
+    single tokens without decoding all weights. On the CPU, where every NF4 product would decode its
+    weights anew for each token, they are decoded once.
     """
     model = load_base(config, source)
     quantised = config.load_in_4bit
@@ -188,6 +197,18 @@ def enable_checkpointing(model: Policy) -> None:
     inner = plain_model(model)
     with quietly():
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _load_for_scoring(config: ModelConfig, source: str) -> PreTrainedModel:
+    """The base model with the kernels that the configuration chooses, checked before reading."""
+    check_attention(config.attn_implementation)
+    if config.use_liger_kernel:
+        check_liger()
+    base = load_base(config, source)
+    choose_attention(base, config.attn_implementation)
+    if config.use_liger_kernel:
+        apply_liger(base)
+    return base
 
 
 def _attach(base: PreTrainedModel, source: str, adapter: Path, *, trainable: bool) -> PeftModel:

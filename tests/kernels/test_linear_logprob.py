@@ -35,10 +35,13 @@ def problem(dtype=torch.float64, seed=0, size=D, vocabulary=V):
     return normal(T, size), normal(vocabulary, size), normal(vocabulary), rows, targets, upstream
 
 
-@pytest.fixture(params=[None, 3000, 1], ids=["one chunk", "some chunks", "single rows"])
+@pytest.fixture(params=[None, 9000, 1], ids=["one chunk", "some chunks", "single rows"])
 def workspace(request, monkeypatch):
-    if request.param is not None:
-        monkeypatch.setattr(MODULE, "WORKSPACE_BYTES", request.param)
+    """Keywords that set the size of the chunks; small ones come with small blocks of the head."""
+    if request.param is None:
+        return {}
+    monkeypatch.setattr(MODULE, "_SCRATCH_BYTES", request.param)
+    return {"workspace_bytes": request.param}
 
 
 def assert_same(got, expected, tolerance):
@@ -46,11 +49,10 @@ def assert_same(got, expected, tolerance):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_every_combination_of_gradients(dtype, tolerance, has_bias, options):
+def test_every_combination_of_gradients(dtype, tolerance, has_bias, options, workspace):
     hidden, head, bias, rows, targets, upstream = problem(dtype)
     tensors = [hidden, head, bias] if has_bias else [hidden, head]
     truth = values_and_gradients(
@@ -60,9 +62,8 @@ def test_every_combination_of_gradients(dtype, tolerance, has_bias, options):
     )
     for needs in itertools.product((True, False), repeat=len(tensors)):
         leaves = [x.clone().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
-        options["bias"] = leaves[2] if has_bias else None
-        logps = linear_logprob(*leaves[:2], rows, targets, **options)
-        del options["bias"]
+        bias = leaves[2] if has_bias else None
+        logps = linear_logprob(*leaves[:2], rows, targets, bias=bias, **options, **workspace)
         assert logps.dtype == dtype
         assert logps.requires_grad == any(needs)
         assert_same([logps], truth[:1], tolerance)
@@ -87,11 +88,10 @@ def test_gradcheck(frozen, options):
     assert torch.autograd.gradcheck(function, inputs)
 
 
-@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_half_precision_keeps_the_budget(frozen, options, dtype):
+def test_half_precision_keeps_the_budget(frozen, options, dtype, workspace):
     hidden, head, bias, rows, targets, upstream = problem(dtype, size=65, vocabulary=257)
     head = head * 0.25
 
@@ -103,7 +103,7 @@ def test_half_precision_keeps_the_budget(frozen, options, dtype):
         return logits.to(wide).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     def ours(h, w=head, b=bias):
-        return linear_logprob(h, w, rows, targets, bias=b, **options)
+        return linear_logprob(h, w, rows, targets, bias=b, **options, **workspace)
 
     inputs = [hidden] if frozen else [hidden, head, bias]
     assert_within_budget(ours, plain, inputs, upstream)
@@ -131,19 +131,53 @@ def test_no_head_gradient_and_no_logits_are_held_for_a_frozen_head():
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_workspace_bounds_the_logits(monkeypatch, trainable):
     """No logits of more than the allowed rows are ever made, forward or backward."""
-    rows_per_chunk = 5
-    monkeypatch.setattr(MODULE, "WORKSPACE_BYTES", rows_per_chunk * V * 4)
+    padded = 192  # V in whole multiples of 64
     seen = []
     project = MODULE._project
-    monkeypatch.setattr(
-        MODULE, "_project", lambda *x: seen.append(project(*x).shape) or project(*x)
-    )
+
+    def spy(*inputs, out):
+        seen.append(out.shape)
+        project(*inputs, out=out)
+
+    monkeypatch.setattr(MODULE, "_project", spy)
     hidden, head, _, rows, targets, _ = problem(torch.float32)
     hidden.requires_grad_()
     head.requires_grad_(trainable)
-    linear_logprob(hidden, head, rows, targets).sum().backward()
-    sizes = [5] * (M // 5) + [M % 5]
+    allowed = 6 * padded * 4
+    linear_logprob(hidden, head, rows, targets, workspace_bytes=allowed).sum().backward()
+    # 41 rows in chunks of at most 6 make 7 chunks, of equal size.
+    sizes = [6] * 6 + [5]
     assert seen == [(n, V) for n in sizes * (2 if trainable else 1)]
+
+
+@pytest.mark.parametrize(
+    ("count", "row_bytes", "workspace_bytes", "free", "expected"),
+    [
+        # Mistral-7B and Llama-3-8B in bf16 (6 bytes a logit) on a card with much free memory.
+        (100_000, 32_000 * 6, None, 20_000, 2048),
+        (100_000, 128_256 * 6, None, 20_000, 512),
+        (100_000, 128_256 * 6, None, 1100, 320),
+        # So little memory that the least number of rows is taken all the same.
+        (100_000, 128_256 * 6, None, 0, 192),
+        # Equal chunks: 2 of 1088 rather than 2048 and 52.
+        (2100, 32_000 * 6, None, 20_000, 1088),
+        (41, 32_000 * 6, None, 20_000, 64),
+        (0, 32_000 * 6, None, 20_000, 64),
+        # The knob is obeyed to the row.
+        (100_000, 32_000 * 6, 2**30, 0, 5568),
+        (100_000, 32_000 * 6, 100 * 32_000 * 6, 0, 64),
+        (100, 32_000 * 6, 7 * 32_000 * 6, 0, 7),
+        (100, 32_000 * 6, 1, 0, 1),
+    ],
+)
+def test_rows_per_chunk(monkeypatch, count, row_bytes, workspace_bytes, free, expected):
+    """`free` MiB of a GPU's memory are free, a quarter of which PyTorch's allocator holds."""
+    mib = 2**20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * mib * 3 // 4, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10 * mib + free * mib // 4)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10 * mib)
+    got = MODULE._rows_per_chunk(count, row_bytes, torch.device("cuda"), workspace_bytes)
+    assert got == expected
 
 
 def test_no_grad_builds_no_unit_gradient(monkeypatch):
@@ -151,7 +185,9 @@ def test_no_grad_builds_no_unit_gradient(monkeypatch):
     hidden.requires_grad_()
     calls = []
     times_head = MODULE._times_head
-    monkeypatch.setattr(MODULE, "_times_head", lambda *x: calls.append(1) or times_head(*x))
+    monkeypatch.setattr(
+        MODULE, "_times_head", lambda *x, out: calls.append(1) or times_head(*x, out=out)
+    )
     with torch.no_grad():
         silent = linear_logprob(hidden, head, rows, targets)
     assert not silent.requires_grad
@@ -260,7 +296,9 @@ def test_torch_is_the_automatic_choice():
         ({"targets": torch.arange(M) - 1}, r"targets: expected values in \[0, 131\), got -1 to 39"),
         ({"targets": torch.arange(M).to("meta")}, "targets: expected .* device cpu, got meta"),
         ({"softcap": -1.0}, "softcap: expected a positive number, got -1.0"),
-        ({"impl": "liger"}, "impl: expected one of auto, torch, reference, got 'liger'"),
+        ({"impl": "liger"}, "impl: expected one of auto, triton, torch, reference, got 'liger'"),
+        ({"workspace_bytes": 0}, "workspace_bytes: expected a positive int, got 0"),
+        ({"workspace_bytes": 1e8}, "workspace_bytes: expected a positive int, got 100000000.0"),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -297,3 +335,42 @@ def test_repeated_rows_are_summed_in_fp32():
     error = (gradient(linear_logprob, hidden, head) - exact).abs().max()
     # One rounding of each term and one of the sum: 2^-9 each, of values no larger than the largest.
     assert error <= 2**-7 * exact.abs().max()
+
+
+def test_ranges_are_checked_where_the_host_may_wait(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    assert MODULE._may_wait(torch.device("cpu"))
+    assert not MODULE._may_wait(cuda)
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert MODULE._may_wait(cuda)
+    assert not MODULE._may_wait(torch.device("meta"))
+
+
+@pytest.mark.parametrize("workspace_bytes", [None, 9000])
+def test_scores_have_the_same_bits_with_and_without_gradient(workspace_bytes):
+    hidden, head, _, _, targets, _ = problem(torch.float32)
+    rows = torch.arange(T)
+    options = {"softcap": 2.0, "workspace_bytes": workspace_bytes}
+    silent = linear_logprob(hidden, head, rows, targets[:T], **options)
+    hidden.requires_grad_()
+    assert torch.equal(silent, linear_logprob(hidden, head, rows, targets[:T], **options))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 13, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vocabularies_that_fill_no_vector(dtype, vocabulary):
+    hidden, head, bias, rows, targets, upstream = problem(dtype, size=65, vocabulary=vocabulary)
+    head = head * 0.25
+
+    def plain(h, w, b):
+        logits = h[rows] @ w.T + b
+        wide = torch.promote_types(h.dtype, torch.float32)
+        return logits.to(wide).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    assert_within_budget(
+        lambda h, w, b: linear_logprob(h, w, rows, targets, bias=b),
+        plain,
+        (hidden, head, bias),
+        upstream,
+    )

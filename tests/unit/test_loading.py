@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from peft import PeftModel
 from torch import Tensor
 from training_helpers import gradients, response_groups, tiny_model, tiny_tokenizer, write_model
 
-from scmini.config import Config, ModelConfig, SFTConfig
+from scmini.config import Config, ModelConfig, SFTConfig, recipe_section
 from scmini.errors import ConfigError, DataError, EnvironmentProblem
-from scmini.models import loading
+from scmini.models import loading, qlora
 from scmini.models.attention import sequence_logps
 from scmini_kernels import PrefixTree
 
@@ -235,6 +236,47 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         loading.load_base(PLAIN, name)
     with pytest.raises(EnvironmentProblem, match=name):
         loading.load_tokenizer(name)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_policies_are_fused(
+    quantised: bool, source: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policies that are trained or score whole rows; those that decode token by token are not."""
+    config = ModelConfig(load_in_4bit=quantised, dtype="bfloat16")
+    calls: list[int] = []
+    apply = qlora._LoraLinear.apply
+    monkeypatch.setattr(qlora._LoraLinear, "apply", lambda *x: (calls.append(1), apply(*x))[1])
+
+    def fused(model: torch.nn.Module) -> int:
+        calls.clear()
+        with torch.no_grad():
+            sequence_logps(model, _tree().to(loading.device()))
+        return len(calls)
+
+    assert fused(loading.fresh_adapter(config, source, SFT, seed=0)) == 14
+    for trainable in (True, False):
+        assert fused(loading.load_policy(config, source, adapter, trainable=trainable)) == 14
+    assert fused(loading.load_for_generation(config, source, adapter)) == 0
+
+
+@pytest.mark.parametrize(
+    "choice", [{"attn_implementation": "flash_attention_2"}, {"use_liger_kernel": True}]
+)
+def test_chosen_kernels_are_checked_before_reading(
+    choice: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = ModelConfig(load_in_4bit=False, dtype="bfloat16", **choice)
+    with pytest.raises(EnvironmentProblem, match=next(iter(choice))):
+        loading.load_policy(config, str(tmp_path / "nowhere"), None, trainable=False)
+
+
+def test_chosen_kernels_enter_no_recipe() -> None:
+    chosen = ModelConfig(attn_implementation="flash_attention_2", use_liger_kernel=True)
+    assert recipe_section(chosen) == recipe_section(ModelConfig())
+    with pytest.raises(ValueError, match="dtype"):
+        ModelConfig(attn_implementation="flash_attention_2", dtype="float32")
 
 
 @pytest.mark.parametrize("modules", [["no_such_layer"], ["q_proj", "lm_head"]])

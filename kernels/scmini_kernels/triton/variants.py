@@ -17,6 +17,8 @@ class Variant(NamedTuple):
             the just-in-time compiler would find them.
         num_warps: warps per program.
         num_stages: depth of software pipelining.
+        multiplies: whether it must run on the matrix units, as every tl.dot of bf16 or fp16 does;
+            fp32 at full precision does not. Each is checked ahead of time.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Variant(NamedTuple):
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int
+    multiplies: bool = False
 
 
 # Shared memory that one block may ask for, in bytes, by compute capability (CUDA C++ Programming
