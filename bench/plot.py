@@ -1,0 +1,108 @@
+"""Draw the benchmark rows, and write their tables into docs/benchmarks.md.
+
+    python bench/plot.py            figures next to the rows, tables into the document
+    python bench/plot.py --check    exit 1 when the document does not say what the rows say
+
+Only the newest row of each (case, peer, device) counts. What was not measured is named so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pictures
+import rows
+import tables
+from matplotlib.figure import Figure
+
+from scmini.evaluation import figures
+
+DOCUMENT = rows.ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+DRAWINGS: dict[str, tuple[str, Callable[[Sequence[rows.Row]], Figure | None]]] = {
+    "speedup": ("Speed-up of a DPO step against P/R", pictures.speedup),
+    "memory": ("Peak memory of a step by implementation", pictures.memory_bars),
+    "memory-k": ("Peak memory of a step against k", pictures.memory_lines),
+    "roofline": ("Head and attention under the measured roof", pictures.roofline),
+    "errors": ("Error against fp64 beside speed", pictures.errors),
+}
+
+
+def read_devices(results: Path) -> dict[str, list[rows.Row]]:
+    """Newest rows by device, the CPU first."""
+    found = {}
+    for folder in sorted(results.iterdir() if results.is_dir() else []):
+        mine = [row for what in rows.KINDS for row in rows.read(folder / f"{what}.jsonl")]
+        if mine:
+            found[folder.name] = rows.newest(mine)
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "cpu", item[0])))
+
+
+def block(devices: dict[str, list[rows.Row]], drawn: dict[str, list[tuple[str, str]]]) -> str:
+    """What stands between the two markers."""
+    parts = [tables.device_section(name, found, drawn[name]) for name, found in devices.items()]
+    if "cpu" not in devices:
+        parts.append(tables.not_measured("CPU"))
+    if not set(devices) - {"cpu"}:
+        parts.append(tables.not_measured("GPU"))
+    return "\n\n".join(parts)
+
+
+def draw(found: Sequence[rows.Row]) -> dict[str, Figure]:
+    """The figures that these rows are enough for, by name."""
+    drawings = {name: function(found) for name, (_, function) in DRAWINGS.items()}
+    return {name: figure for name, figure in drawings.items() if figure is not None}
+
+
+def replaced(document: str, text: str) -> str:
+    """The document with the block between the markers exchanged."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"the document has no block {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
+    parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of the rows")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    options = parser.parse_args(arguments)
+    devices = read_devices(options.results)
+    figures_of = {name: draw(found) for name, found in devices.items()}
+    paths = {
+        name: [
+            (f"{DRAWINGS[kind][0]}, {name}", options.results / name / f"{kind}.png")
+            for kind in drawn
+        ]
+        for name, drawn in figures_of.items()
+    }
+    folder = options.document.resolve().parent
+    seen = {
+        name: [(text, Path(os.path.relpath(path, folder)).as_posix()) for text, path in shown]
+        for name, shown in paths.items()
+    }
+    old = options.document.read_text("utf-8")
+    new = replaced(old, block(devices, seen))
+    if options.check:
+        missing = [path for shown in paths.values() for _, path in shown if not path.exists()]
+        if new != old or missing:
+            print(f"{options.document} is stale: run python bench/plot.py", file=sys.stderr)
+        return int(new != old or bool(missing))
+    for name, drawn in figures_of.items():
+        for kind, figure in drawn.items():
+            path = options.results / name / kind
+            path.with_suffix(".svg").write_text(figures.to_svg(figure, kind), encoding="utf-8")
+            path.with_suffix(".png").write_bytes(figures.to_png(figure))
+    options.document.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
