@@ -41,7 +41,8 @@ STEP_LOOKS = {
     "trees": (BLUE, "o", "trees"),
     "trees_split": (SKY, "s", "trees, split to the budget of one pair"),
     "grouped": (GREEN, "D", "k+1 sequences"),
-    "pairs": (ORANGE, "^", "2k sequences"),
+    "pairs": (ORANGE, "^", "2k sequences, k pairs at once"),
+    "pairs_one_pair": ("#8c6d31", "<", "2k sequences, one pair at once"),
     "trl": (RED, "v", "TRL, k pairs at once"),
     "trl_one_pair": (PURPLE, "P", "TRL, one pair at once"),
 }
@@ -53,7 +54,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     """Measured speed-up over the other layouts and TRL against P/R, beside the theory."""
     points = [row for row in rows if row["what"] == "step" and "measured_ratio" in row]
     panels: list[tuple[str, Layout, tuple[str, ...]]] = [
-        ("over 2k sequences (pairs), our trainer", "pairs", ("pairs",)),
+        ("over 2k sequences (pairs), our trainer", "pairs", ("pairs", "pairs_one_pair")),
         ("over k+1 sequences, our trainer", "grouped", ("grouped",)),
         ("over TRL as shipped, its better micro-batch", "pairs", ("trl", "trl_one_pair")),
     ]

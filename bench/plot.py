@@ -1,7 +1,9 @@
 """Draw the benchmark rows, and write their tables into docs/benchmarks.md.
 
-    python bench/plot.py            figures next to the rows, tables into the document
-    python bench/plot.py --check    exit 1 when the document does not say what the rows say
+    python bench/plot.py            figures next to the rows, tables into the documents
+    python bench/plot.py --check    exit 1 when a document does not say what the rows say
+
+The documents are docs/benchmarks.md, with every row, and README.md, with the summary.
 
 Only the newest row of each (case, peer, device) counts. What was not measured is named so.
 """
@@ -22,6 +24,7 @@ from matplotlib.figure import Figure
 from scmini.evaluation import figures
 
 DOCUMENT = rows.ROOT / "docs" / "benchmarks.md"
+README = rows.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 DRAWINGS: dict[str, tuple[str, Callable[[Sequence[rows.Row]], Figure | None]]] = {
     "speedup": ("Speed-up of a DPO step against P/R", pictures.speedup),
@@ -72,36 +75,53 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--check", action="store_true", help="only say whether it is stale")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of the rows")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="for every row")
+    parser.add_argument("--summary", type=Path, help="for the summary (README.md with its rows)")
     options = parser.parse_args(arguments)
     devices = read_devices(options.results)
     figures_of = {name: draw(found) for name, found in devices.items()}
-    paths = {
-        name: [
-            (f"{DRAWINGS[kind][0]}, {name}", options.results / name / f"{kind}.png")
-            for kind in drawn
-        ]
-        for name, drawn in figures_of.items()
-    }
-    folder = options.document.resolve().parent
-    seen = {
-        name: [(text, Path(os.path.relpath(path, folder)).as_posix()) for text, path in shown]
-        for name, shown in paths.items()
-    }
-    old = options.document.read_text("utf-8")
-    new = replaced(old, block(devices, seen))
+    texts = {options.document: block(devices, _links(figures_of, options))}
+    if options.summary is not None:
+        texts[options.summary] = tables.summary(devices)
+    elif options.results == rows.RESULTS:
+        texts[README] = tables.summary(devices)
+    new = {path: replaced(path.read_text("utf-8"), text) for path, text in texts.items()}
     if options.check:
-        missing = [path for shown in paths.values() for _, path in shown if not path.exists()]
-        if new != old or missing:
-            print(f"{options.document} is stale: run python bench/plot.py", file=sys.stderr)
-        return int(new != old or bool(missing))
+        stale = [path for path, text in new.items() if text != path.read_text("utf-8")]
+        stale += [
+            path
+            for name, drawn in figures_of.items()
+            for kind in drawn
+            if not (path := options.results / name / f"{kind}.png").exists()
+        ]
+        for path in stale:
+            print(f"{path} is stale: run python bench/plot.py", file=sys.stderr)
+        return int(bool(stale))
     for name, drawn in figures_of.items():
         for kind, figure in drawn.items():
             path = options.results / name / kind
             path.with_suffix(".svg").write_text(figures.to_svg(figure, kind), encoding="utf-8")
             path.with_suffix(".png").write_bytes(figures.to_png(figure))
-    options.document.write_text(new, encoding="utf-8")
+    for path, text in new.items():
+        path.write_text(text, encoding="utf-8")
     return 0
+
+
+def _links(
+    figures_of: dict[str, dict[str, Figure]], options: argparse.Namespace
+) -> dict[str, list[tuple[str, str]]]:
+    """By device, (description, path as the document sees it) of every figure."""
+    folder = options.document.resolve().parent
+    return {
+        name: [
+            (
+                f"{DRAWINGS[kind][0]}, {name}",
+                Path(os.path.relpath(options.results / name / f"{kind}.png", folder)).as_posix(),
+            )
+            for kind in drawn
+        ]
+        for name, drawn in figures_of.items()
+    }
 
 
 if __name__ == "__main__":

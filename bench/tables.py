@@ -12,7 +12,8 @@ STEP_NAMES = {
     "trees": "scmini, prefix trees",
     "trees_split": "scmini, trees split to the budget of one pair",
     "grouped": "scmini, sharing off, k+1 sequences",
-    "pairs": "scmini, sharing off, 2k sequences",
+    "pairs": "scmini, sharing off, 2k sequences, k pairs at once",
+    "pairs_one_pair": "scmini, sharing off, 2k sequences, one pair at once",
     "trl": "TRL, k pairs at once",
     "trl_one_pair": "TRL, one pair at once",
     "trees_precomputed": "scmini, prefix trees, reference made beforehand",
@@ -49,6 +50,30 @@ def device_section(device: str, rows: Sequence[Row], pictures: Sequence[tuple[st
             continue
         parts += _SECTIONS[what](mine, rows)
     return "\n\n".join(parts)
+
+
+def summary(devices: dict[str, Sequence[Row]]) -> str:
+    """What the README says: of each device, what one step is worth."""
+    parts = []
+    for name, found in devices.items():
+        steps = [row for row in found if row["what"] == "step"]
+        if steps:
+            parts += [_summary_intro(name, steps), _headline_table(steps)]
+    if not any(name != "cpu" for name in devices):
+        parts.append("No GPU has been measured yet.")
+    return "\n\n".join(parts)
+
+
+def _summary_intro(device: str, steps: Sequence[Row]) -> str:
+    shown = steps[0]
+    where = "CPU seconds of one thread" if device == "cpu" else "seconds"
+    models = ", ".join(dict.fromkeys(row["case"]["model"] for row in steps))
+    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in steps))
+    return (
+        f"**{shown['processor']}**, {models}, {dtypes}: how many times as long as a step on prefix "
+        f"trees ({where}; in brackets the ratio of FLOP), and how many times the memory above the "
+        "model. P prompt tokens, R tokens per response, k rejected responses."
+    )
 
 
 def not_measured(kind: str) -> str:
@@ -94,11 +119,13 @@ def _headline_table(rows: Sequence[Row]) -> str:
     lines = []
     for case in dict.fromkeys(case_name(row) for row in rows):
         by_peer = {row["peer"]: row for row in rows if case_name(row) == case}
-        best = best_of(list(by_peer.values()), ("trl", "trl_one_pair"))
+        found = list(by_peer.values())
+        best = best_of(found, ("trl", "trl_one_pair"))
+        pairs = best_of(found, ("pairs", "pairs_one_pair"))
         lines.append(
             [
                 case,
-                _ratio(by_peer.get("pairs")),
+                _ratio(pairs[0] if pairs else None),
                 _ratio(by_peer.get("grouped")),
                 f"{best[0]['measured_ratio']:.2f}" if best and "measured_ratio" in best[0] else "",
                 _memory_ratio(by_peer, "trl", "trees"),

@@ -81,6 +81,7 @@ _BY_NAME = {
         Implementation("trees_split", "scmini", "split", "pair"),
         Implementation("grouped", "scmini", "grouped", "prompt"),
         Implementation("pairs", "scmini", "pairs", "prompt"),
+        Implementation("pairs_one_pair", "scmini", "pairs", "pair"),
         Implementation("trl", "trl", "pairs", "prompt"),
         Implementation("trl_one_pair", "trl", "pairs", "pair"),
     )

@@ -48,7 +48,7 @@ def verify(source: str | None) -> None:
 def checks(where: torch.device, source: str | None) -> list[Check]:
     """Model first, being what matters and what may not load; then the operations by themselves."""
     on_gpu = where.type == "cuda"
-    missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
+    missing = "" if on_gpu else interpreter_is_missing()
     automatic = "triton" if on_gpu else "torch"
     dtypes = [torch.bfloat16, torch.float32] if on_gpu else [torch.float32]
     if source is None:
@@ -62,6 +62,17 @@ def checks(where: torch.device, source: str | None) -> list[Check]:
         shown = "triton" if on_gpu else "triton, interpreted"
         found += kernel_checks(where, dtype, "triton", shown, skip=missing)
     return found
+
+
+def interpreter_is_missing() -> str:
+    """Why Triton's interpreter cannot run the kernels here; empty if it can."""
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    installed = [importlib.metadata.version(name) for name in ("triton", "numpy")]
+    triton, numpy = (tuple(map(int, each.split(".")[:2])) for each in installed)
+    if triton < (3, 7) and numpy >= (2, 4):
+        return f"the interpreter of triton {installed[0]} needs numpy < 2.4, not {installed[1]}"
+    return ""
 
 
 def versions() -> dict[str, str | None]:

@@ -16,36 +16,33 @@ import pytest
 from scmini_kernels.triton.variants import SHARED_LIMIT
 from tests.kernels import ahead_of_time
 
-# One of the cards at home and Hopper always; the others are alike enough for a nightly run.
-ALWAYS = (86, 90)
 TABLE = json.loads(ahead_of_time.TABLE.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        capability if capability in ALWAYS else pytest.param(capability, marks=pytest.mark.slow)
-        for capability in SHARED_LIMIT
-    ],
-    ids=lambda capability: f"sm_{capability}",
-)
-def capability(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def rows(capability):
-    """What the script prints for one compute capability: {name in the table: row}."""
+def all_rows():
+    """What the script prints for every compute capability, with all cores at work."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, ahead_of_time.__file__, "--capability", str(capability)],
+        [sys.executable, ahead_of_time.__file__],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(params=SHARED_LIMIT, ids=lambda capability: f"sm_{capability}")
+def capability(request):
+    return request.param
+
+
+@pytest.fixture
+def rows(all_rows, capability):
+    """Of one compute capability: {name in the table: row}."""
+    found = [row for row in all_rows if row["capability"] == capability]
     assert found
     by_name = {ahead_of_time.key(row): row for row in found}
     assert len(by_name) == len(found), "two variants of a module have the same name"

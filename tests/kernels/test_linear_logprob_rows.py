@@ -133,3 +133,14 @@ def test_offsets_beyond_32_bits(device):
     logps = torch.empty(rows)
     score(product, targets, None, 1.0, None, logps, product)
     assert_near((logps, product), exact_scores(original, targets))
+
+
+def test_small_logits_lose_nothing_under_a_large_cap(device):
+    """Where tanh(x) is nearly x: by 1 - exp(-2x) alone they would err five times as much."""
+    product = torch.zeros(400, 2, device=device)
+    product[:, 0] = torch.linspace(-1, 1, 400, device=device)
+    targets = torch.zeros(400, dtype=torch.int64, device=device)
+    logps, _ = scored(product, targets, softcap=50.0)
+    expected, _ = exact_scores(product, targets, softcap=50.0)
+    plain = (50.0 * torch.tanh(product / 50.0)).log_softmax(1)[:, 0]
+    assert (logps - expected).abs().max() <= 2 * (plain - expected).abs().max()

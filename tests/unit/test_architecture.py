@@ -23,7 +23,13 @@ RANKS = [
     {"scmini.training", "scmini.evaluation"},
     {"scmini.verification"},
     {"scmini.stages"},
-    {"scmini.stage_graph", "scmini.run_folder", "scmini.pipeline", "scmini.worker", "scmini.verify"},
+    {
+        "scmini.stage_graph",
+        "scmini.run_folder",
+        "scmini.pipeline",
+        "scmini.worker",
+        "scmini.verify",
+    },
     {"scmini.cli", "scmini.__main__"},
 ]
 RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}

@@ -295,6 +295,20 @@ def test_memory_against_k_and_what_did_not_fit(tmp_path: Path, results: Path) ->
     assert "within 24 GiB" in text
 
 
+def test_the_summary_is_of_the_same_rows(results: Path, tmp_path: Path) -> None:
+    for name in ("page.md", "readme.md"):
+        (tmp_path / name).write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
+    paths = ["--document", str(tmp_path / "page.md"), "--summary", str(tmp_path / "readme.md")]
+    assert plot.main(["--results", str(results), *paths]) == 0
+    text = (tmp_path / "readme.md").read_text("utf-8")
+    pairs = rows.newest(rows.read(results / "cpu/step.jsonl"))
+    pairs = next(row for row in pairs if row["peer"] == "pairs")
+    assert f"{pairs['measured_ratio']:.2f} ({pairs['predicted_ratio']:.2f})" in text
+    assert "No GPU has been measured yet." in text
+    (tmp_path / "readme.md").write_text(text.replace("No GPU", "A GPU"))
+    assert plot.main(["--results", str(results), *paths, "--check"]) == 1
+
+
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text(f"{plot.BEGIN}\n{plot.END}\n")

@@ -14,7 +14,7 @@ from scmini.errors import ScminiError
 from scmini.models import attention
 from scmini.models.attention import plain_model
 from scmini.training import trainer
-from scmini.verification import checks, model, separate
+from scmini.verification import checks, model, separate, session
 from scmini.verification.checks import Check, Finding, Row
 from scmini.verification.kernels import ATTENTION, HEAD, kernel_checks
 from scmini_kernels import linear_logprob, tree_attention
@@ -227,3 +227,16 @@ def test_errors_of_gradients(subject: torch.nn.Module) -> None:
     assert separate.gradient_error(exact, {**exact, name: none[name]}) > 1e6
     nan = torch.full_like(exact[name], float("nan"))
     assert not separate.gradient_error({**exact, name: nan}, exact) < 1e6
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.4.1", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)],
+)
+def test_an_interpreter_that_fails_by_itself_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, triton: str, numpy: str, runs: bool
+) -> None:
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr(session.importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(session.importlib.util, "find_spec", lambda name: object())
+    assert (session.interpreter_is_missing() == "") == runs

@@ -1,6 +1,5 @@
 """`scmini verify` as a command: its process, its table, its JSON and its exit codes."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import torch
 
 from scmini import cli, verify
 from scmini.verification.kernels import ATTENTION, HEAD
+from scmini.verification.session import interpreter_is_missing
 
 MODEL_CHECKS = [
     "packed = separate sequences",
@@ -90,14 +90,14 @@ def test_passes_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
         *((name, "torch") for name in MODEL_CHECKS),
         *((name, way) for name in operations for way in ways),
     }
-    has_triton = importlib.util.find_spec("triton") is not None
+    why_not = interpreter_is_missing()
     for row in found["checks"]:
-        if row["implementation"] == "torch" or has_triton:
+        if row["implementation"] == "torch" or not why_not:
             assert row["passed"] is True
             assert 0 <= row["error"] <= row["allowed"] < 0.01
         else:
             assert row["passed"] is None
-            assert row["message"] == "triton is not installed"
+            assert row["message"] == why_not
 
 
 def test_a_wrong_operation_exits_1_with_a_whole_table(

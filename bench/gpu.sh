@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything that only a CUDA card can tell, the most important first: fast equals slow, then how fast.
+# Goes on after a failure and says at the end what failed. Rows go to bench/results/<card>.
+#
+#     bash bench/gpu.sh [GIB]     memory that a step may use, as a smaller card has; default 24
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+cap="${1:-24}"
+failed=()
+
+try() {
+  echo "+ $*"
+  "$@" || failed+=("$*")
+}
+
+try python -m pytest -q -m "not slow" tests/kernels
+try python -m scmini verify --device cuda
+try python -m pytest -q -m gpu tests/gpu tests/unit
+try python bench/run.py head --device cuda --skip-tests
+try python bench/run.py attention --device cuda --skip-tests
+try python bench/run.py packing --device cuda --skip-tests
+for case in 512,256,8 128,128,16 1024,512,16 512,256,16 256,1024,16; do
+  try python bench/run.py step --device cuda --skip-tests --case "$case" --cap-gib "$cap" --rounds 3
+done
+try python bench/plot.py
+
+printf 'failed: %s\n' "${failed[@]:-nothing}"
+[ "${#failed[@]}" -eq 0 ]
