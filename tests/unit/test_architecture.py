@@ -1,6 +1,7 @@
 """Imports point one way (DESIGN 4): every module has a rank and may import only from below it."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,13 @@ def test_no_circles() -> None:
 def test_kernels_is_a_plain_folder() -> None:
     """`import kernels` belongs to another project, which transformers imports where it finds it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_package_is_shipped() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    found = {_module(path.parent / "__init__.py") for path in _sources()}
+    assert found <= listed, f"pyproject.toml does not list {sorted(found - listed)}"
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -29,7 +29,7 @@ _LOG2_E = math.log2(math.e)
 # With TRITON_INTERPRET=1 in the environment `triton.jit` makes another class.
 _INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
 # Pieces of key tiles per multiprocessor, and packed queries below which a piece is not worth the
-# detour over a slot (a slot costs about as much time to write and add up as 200 of them).
+# detour over a slot, which moves as many bytes as some hundred of them.
 _PIECES_PER_PROCESSOR = 4
 _MIN_PIECE = 2048
 _SLOT_ROWS = 16
@@ -60,6 +60,11 @@ _DEFAULT = {
     127: Configuration(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
     128: Configuration(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
     256: Configuration(Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 32, 8, 2)),
+}
+# The compiler for sm_80 finds registers for fewer keys at a time.
+_A100 = {
+    **_DEFAULT,
+    256: _DEFAULT[256]._replace(forward=Blocks(64, 16, 8, 3)),
 }
 # ... or 227 KiB, in multiples of the 64 rows that Hopper's matrix instructions take.
 _HOPPER = {
@@ -115,7 +120,8 @@ def triton_attention(
     Gradients: to q, k and v, once; what needs none is not computed. Bits repeat from run to run on
     the same device.
 
-    Memory: (T, Hq) fp32 twice; in backward at most about 60 MiB of partial sums at 8 key heads.
+    Memory: (T, Hq) fp32 twice; in backward some tens of MiB of partial sums where rows are seen by
+    so many queries that several programs share the work.
 
     Raises:
         ValueError: other dtypes, larger heads, tensors on the CPU without the interpreter.
@@ -290,8 +296,11 @@ def _block_d(head_dim: int) -> int:
 
 
 def _rows_first(x: Tensor) -> Tensor:
-    """x (1, H, T, Dh), contiguous as (1, T, H, Dh)."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    """x (1, H, T, Dh), contiguous as (1, T, H, Dh) and starting on 16 bytes."""
+    rows = x.transpose(1, 2).contiguous()
+    if rows.data_ptr() % 16:
+        rows = rows.clone()
+    return rows.transpose(1, 2)
 
 
 def _empty_rows_first(x: Tensor) -> Tensor:
@@ -333,7 +342,7 @@ def _configuration(q: Tensor) -> Configuration:
 
 def choose_configuration(capability: int, dtype: torch.dtype, head_dim: int) -> Configuration:
     """What runs on a card of compute capability major * 10 + minor; bf16 and fp16 alike."""
-    half = _HOPPER if capability == 90 else _DEFAULT
+    half = {80: _A100, 90: _HOPPER}.get(capability, _DEFAULT)
     table = _FP32 if dtype == torch.float32 else half
     return table[min(size for size in table if size >= head_dim)]
 
