@@ -29,7 +29,7 @@ _MIB = 2**20
 
 # Without the knob: on the CPU this much, on a GPU a quarter of what is free within these bounds,
 # in whole steps, so that a few MiB more or less in use do not change the chunks.
-WORKSPACE_BYTES = 256 * _MIB
+WORKSPACE_BYTES = 32 * _MIB
 _GPU_WORKSPACE_BYTES = (64 * _MIB, 384 * _MIB)
 _GPU_WORKSPACE_STEP = 64 * _MIB
 # And never fewer rows than this: with fewer, a GEMM takes longer to read the head than to multiply
@@ -78,7 +78,7 @@ def linear_logprob(
             chunks; "reference" holds the (M, V) logits; "auto" takes "triton" on CUDA where it is
             installed, except for fp64, and "torch" elsewhere. A named choice never falls back.
         workspace_bytes: bound on the logits held at a time, with the buffers of their size; at
-            least one row is. Default: 256 MiB on the CPU; on CUDA a quarter of the free memory,
+            least one row is. Default: 32 MiB on the CPU; on CUDA a quarter of the free memory,
             from 64 to 384 MiB in steps of 64; on both at least 192 rows, since small chunks are
             slow.
 
@@ -360,7 +360,9 @@ def _score(
     if gradients is None:
         return
     # onehot - softmax; the target's 1 - p comes from logp, so that one write does it.
-    logits.div_(totals).neg_().scatter_(1, targets[:, None], -torch.expm1(logps)[:, None])
+    logits.mul_(totals.reciprocal_().neg_()).scatter_(
+        1, targets[:, None], -torch.expm1(logps)[:, None]
+    )
     if slope is not None:
         logits *= slope
     if logit_scale != 1.0:

@@ -106,16 +106,30 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of q, k and v."""
     wide = at_least_fp32(out.dtype)
-    sums = [_empty_rows(x, wide).zero_() for x in inputs]
+    sums = [_empty_rows(x, wide) for x in inputs]
     for piece, mask in _pieces(tree, window, out):
         operands = _Operands.of(piece, *inputs)
         rows = slice(piece.q_start, piece.q_stop)
+        firsts = (piece.q_start, piece.k_start, piece.k_start)
         saved = [_batch(x[:, :, rows], piece) for x in (grad, out, lse)]
         parts = _attend_backward(saved, operands, piece, mask, scores)
-        keys = slice(piece.k_start, piece.k_stop)
-        for total, part, where in zip(sums, parts, (rows, keys, keys), strict=True):
-            total[:, :, where] += _unbatch(part, piece)
+        for total, part, first in zip(sums, parts, firsts, strict=True):
+            _add_rows(total, _unbatch(part, piece), first, piece)
     return [total.to(out.dtype) for total in sums]
+
+
+def _add_rows(total: Tensor, part: Tensor, first: int, piece: Piece) -> None:
+    """total[first:] += part, where rows that no piece has written yet count as zero.
+
+    Own pieces come first and in row order, so each is the first to write its own rows.
+    """
+    if piece.kind == "full":
+        total[:, :, first : first + part.shape[2]] += part
+        return
+    before = piece.q_start - first  # keys left of the queries, in a window's band
+    if before:
+        total[:, :, first : piece.q_start] += part[:, :, :before]
+    total[:, :, piece.q_start : piece.q_stop] = part[:, :, before:]
 
 
 def _empty_rows(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ import rows
 import run
 import step
 from cases import Case, Shape, counts, step_flop
-from peers import models, trainers
+from peers import models, trainers, worker
 from peers.implementations import IMPLEMENTATIONS, Setup
 
 TINY = Shape("tiny", 2, 32, 4, 2, 8, 48, 64, rank=4)
@@ -138,6 +138,25 @@ def test_selection_of_cases() -> None:
     for what in rows.KINDS:
         assert cases.selected(what, "cuda", None, None)
         assert cases.selected(what, "cpu", Case(4, 2, 1), None)[0][1] == Case(4, 2, 1)
+    models_7b = [shape.name for shape, _ in cases.selected("attention", "cuda", None, None)]
+    assert set(models_7b) == {"mistral-7b"}, "Llama-3-8B's attention is the same"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "expected"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        (
+            "RuntimeError",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+            True,
+        ),
+        ("AcceleratorError", "CUDA error: out of memory", True),
+        ("RuntimeError", "CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_counts_as_out_of_memory(kind: str, message: str, expected: bool) -> None:
+    assert worker._is_out_of_memory(kind, message) == expected
 
 
 @pytest.mark.parametrize("text", ["", "1,2", "1,2,3,4", "a,b,c", "0,1,1", "1,1,-1"])
