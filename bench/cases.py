@@ -199,6 +199,8 @@ def selected(
     usual = (_STEP if what == "step" else _OPERATION)[device]
     if what == "packing":
         usual = _STEP[device]
+    if what == "attention":  # where Llama-3-8B and Mistral-7B are alike
+        usual = [(shape, each) for shape, each in usual if shape != LLAMA_3_8B]
     if case is not None:
         shapes = list(dict.fromkeys(shape for shape, _ in usual))
         # as many prompts in a step as the usual case of these sizes has

@@ -14,9 +14,15 @@ try() {
   "$@" || failed+=("$*")
 }
 
-try python -m pytest -q -m "not slow" tests/kernels
+# In parts, since most of the time is compilation: each stays under ten minutes on an H100.
+# (What is compiled ahead of time needs no GPU, and is tested without one.)
+try python -m pytest -q -m "not slow" tests/unit/test_qlora.py tests/kernels/test_linear_logprob*.py
+try python -m pytest -q -m "not slow" tests/kernels/test_tree_attention_triton.py -k "budget or sizes"
+try python -m pytest -q -m "not slow" tests/kernels/test_tree_attention_triton.py -k "not budget and not sizes"
 try python -m scmini verify --device cuda
-try python -m pytest -q -m gpu tests/gpu tests/unit
+try python -m pytest -q -m "not slow" tests/kernels/test_tree_attention_gpu.py tests/kernels/test_three_ways.py
+try python -m pytest -q -m "not slow" tests/gpu
+try python -m pytest -q -m gpu tests/unit
 try python bench/run.py head --device cuda --skip-tests
 try python bench/run.py attention --device cuda --skip-tests
 try python bench/run.py packing --device cuda --skip-tests

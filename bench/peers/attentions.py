@@ -172,6 +172,8 @@ def _flex(tree: PrefixTree) -> Any:
         return (key <= query) & (query < end[key])
 
     mask = create_block_mask(visible, None, None, size, size, device=str(tree.device))
+    # Each length is compiled anew, and after some of them dynamo would fall back to no compilation.
+    torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, block_mask=mask, enable_gqa=True)
 

@@ -154,6 +154,7 @@ class _Compiled:
 
     def __call__(self, inputs: Problem, hidden: Tensor) -> Tensor:
         if self.function is None:
+            torch.compiler.reset()  # after some lengths dynamo would no longer compile
             self.function = torch.compile(_logps_of_rows, dynamic=False)
         logps: Tensor = self.function(hidden[inputs.rows], inputs.head, inputs.targets)
         return logps

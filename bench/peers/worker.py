@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import tempfile
 import time
 import traceback
@@ -40,14 +41,23 @@ def work(job: Job, pipe: Connection) -> None:
         _work(job, pipe)
     except Exception as error:
         kind = type(error).__name__
-        if kind == "OutOfMemoryError":
+        if _is_out_of_memory(kind, str(error)):
             pipe.send({"failed": "out of memory", "fatal": False})
         else:
             pipe.send({"failed": f"{kind}: {error}\n{traceback.format_exc()}", "fatal": True})
 
 
+def _is_out_of_memory(kind: str, message: str) -> bool:
+    """PyTorch's own error, or that of a library for which PyTorch has left nothing."""
+    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return kind == "OutOfMemoryError" or any(word in message for word in words)
+
+
 def _work(job: Job, pipe: Connection) -> None:
-    # A spawned process: its libraries are imported by what follows.
+    # A spawned process: its libraries are imported by what follows. Of several GPUs it sees the
+    # first, or a Trainer would spread its model over all of them.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
 

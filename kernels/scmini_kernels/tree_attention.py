@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal, TypeAlias
 
 import torch
@@ -50,8 +51,9 @@ def tree_attention(
         softcap: bound on the scores, > 0; applied before the mask.
         impl: "triton" takes the Triton kernels (CUDA; bf16, fp16, fp32; Dh <= 256); "torch" takes
             PyTorch's fused attention on rectangles of what is visible; "reference" holds the
-            (Hq, T, T) scores; "auto" takes "triton" for CUDA tensors it can serve, else "torch". A
-            named choice never falls back.
+            (Hq, T, T) scores; "auto" takes "triton" for CUDA tensors it can serve (compute
+            capability 8.0 or later, Triton installed), else "torch". A named choice never falls
+            back.
 
     Returns:
         (1, Hq, T, Dh) in q's dtype.
@@ -85,7 +87,14 @@ def tree_attention(
 
 
 def _triton_serves(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256
+    """Whether the kernels can run: they multiply in bf16, which began with Ampere (8.0)."""
+    return (
+        q.is_cuda
+        and q.dtype != torch.float64
+        and q.shape[-1] <= 256
+        and find_spec("triton") is not None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 def _check(

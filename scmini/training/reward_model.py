@@ -38,6 +38,7 @@ from scmini.models.loading import quietly
 from scmini.models.reward import RewardModel, reward_ids
 from scmini.records import Message, read_jsonl
 from scmini.training import checkpoints
+from scmini.training.trainer import one_gpu_per_process
 
 HELD_OUT_IN = 10
 """One prompt in so many is kept for the accuracy that is noted."""
@@ -222,6 +223,7 @@ def _trainer(
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+    one_gpu_per_process(arguments)
     trainer = _PairTrainer(
         model=model,
         args=arguments,

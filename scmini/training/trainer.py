@@ -318,7 +318,7 @@ def _arguments(
 ) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(out),
         seed=seed,
         use_cpu=not on_gpu,
@@ -343,3 +343,13 @@ def _arguments(
         dataloader_pin_memory=False,
         bf16=False,
     )
+    one_gpu_per_process(args)
+    return args
+
+
+def one_gpu_per_process(args: TrainingArguments) -> None:
+    """Where a single process sees several GPUs, transformers would wrap the model in DataParallel.
+
+    That cuts batches along their first dimension, which a tree has not.
+    """
+    args._n_gpu = min(args.n_gpu, 1)

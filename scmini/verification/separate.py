@@ -6,6 +6,7 @@ whole logits, autograd.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -105,24 +106,32 @@ def gradient_error(found: Gradients, exact: Gradients) -> float:
 def widened(model: nn.Module) -> Iterator[torch.dtype]:
     """Compute with the same weight values in a wider dtype, yielded; exact both ways.
 
-    fp32 for 16 bits, else fp64. NF4 weights are decoded to the values that they always have. What
-    transformers itself pins to fp32 (normalisation, rotary angles) stays there.
+    fp32 for 16 bits, else fp64. NF4 weights are decoded to the values that they always have, in 16
+    bits: from inputs in fp32 bitsandbytes itself would decode to others. What transformers itself
+    pins to fp32 (normalisation, rotary angles) stays there.
     """
     half = plain_model(model).dtype.itemsize == 2
     wide = torch.float32 if half else torch.float64
     tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
     before = [x.dtype for x in tensors]
-    quantised: list[Any] = [m for m in model.modules() if hasattr(m, "compute_dtype")]
-    computing = [module.compute_dtype for module in quantised]
+    quantised = [m for m in model.modules() if hasattr(m, "compute_dtype")]
     for tensor in tensors:
         tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, wide))
     for module in quantised:
-        module.compute_dtype = wide
+        vars(module)["forward"] = partial(_decoded_linear, module)
     try:
         yield wide
     finally:
         model.zero_grad(set_to_none=True)
         for tensor, dtype in zip(tensors, before, strict=True):
             tensor.data = tensor.data.to(dtype)
-        for module, dtype in zip(quantised, computing, strict=True):
-            module.compute_dtype = dtype
+        for module in quantised:
+            del vars(module)["forward"]
+
+
+def _decoded_linear(layer: Any, x: Tensor) -> Tensor:
+    """An NF4 layer's product, in x's dtype."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(layer.weight.detach(), layer.weight.quant_state).to(x.dtype)
+    return nn.functional.linear(x, weight, layer.bias)

@@ -1,5 +1,6 @@
 """tree_attention: the PyTorch way against the reference, and both against separate rows."""
 
+import importlib
 import itertools
 from unittest import mock
 
@@ -283,6 +284,29 @@ def test_torch_is_the_automatic_choice():
     chosen = tree_attention(q, k, v, tree)
     assert torch.equal(chosen, tree_attention(q, k, v, tree, impl="torch"))
     assert not torch.equal(chosen, tree_attention(q, k, v, tree, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("change", "served"),
+    [
+        ({}, True),
+        ({"capability": (7, 5)}, False),
+        ({"triton": None}, False),
+        ({"dtype": torch.float64}, False),
+        ({"size": 257}, False),
+        ({"is_cuda": False}, False),
+    ],
+    ids=str,
+)
+def test_triton_is_chosen_where_it_runs(change, served, monkeypatch):
+    """Of CUDA tensors that are none: nothing is launched."""
+    card = {"capability": (8, 0), "triton": object(), "dtype": torch.bfloat16, "size": 256}
+    card |= {"is_cuda": True} | change
+    module = importlib.import_module("scmini_kernels.tree_attention")
+    monkeypatch.setattr(module, "find_spec", lambda name: card[name])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card["capability"])
+    q = mock.Mock(is_cuda=card["is_cuda"], dtype=card["dtype"], shape=(1, 2, 3, card["size"]))
+    assert module._triton_serves(q) == served
 
 
 def zeros(*shape, dtype=torch.float32, device="cpu"):

@@ -306,8 +306,11 @@ def test_output_is_laid_out_for_the_next_product(device):
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("far", range(3), ids="qkv".__getitem__)
 def test_rows_that_lie_further_apart_than_32_bits_reach(far, window, device):
-    """The last tiles begin more than 2^31 elements after the first; few pages are touched."""
-    groups = [[row] for row in ids(*[11] * 8)]
+    """The last tiles begin more than 2^31 elements after the first; few pages are touched.
+
+    Within a tile (128 keys at most) 32 bits must do, so there must be several tiles.
+    """
+    groups = [[row] for row in ids(*[11] * 20)]
     tree, inputs, upstream = on(device, groups, (2, 1), 16, torch.float16)
     expected = values_and_gradients(lambda *x: attend(*x, tree, window=window), inputs, upstream)
     step = (2**31 // (tree.num_tokens - 17) // 16 + 1) * 16

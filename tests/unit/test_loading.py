@@ -14,6 +14,7 @@ from scmini.config import Config, ModelConfig, SFTConfig, recipe_section
 from scmini.errors import ConfigError, DataError, EnvironmentProblem
 from scmini.models import loading, qlora
 from scmini.models.attention import sequence_logps
+from scmini.training.scoring import tolerance
 from scmini_kernels import PrefixTree
 
 PLAIN = ModelConfig(load_in_4bit=False, dtype="float32")
@@ -113,7 +114,12 @@ def test_generation_in_16_bits_keeps_the_adapter(
     policy = loading.load_policy(config, source, adapter, trainable=False)
     with torch.no_grad():
         expected, found = sequence_logps(policy, _tree()), sequence_logps(fast, _tree())
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.2)
+        with policy.disable_adapter():
+            without = sequence_logps(policy, _tree())
+    lengths = [n for group in response_groups([2, 3]) for n in group.num_scored]
+    allowed = [tolerance(x, n, True) for x, n in zip(expected.tolist(), lengths, strict=True)]
+    assert ((found - expected).abs() <= torch.tensor(allowed)).all()
+    assert ((without - expected).abs() > torch.tensor(allowed)).any(), "the adapter is not seen"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -21,6 +21,7 @@ from training_helpers import (
     tiny_model,
     with_lora,
 )
+from transformers import TrainingArguments
 
 from scmini.config import TrainingConfig
 from scmini.errors import ScminiError
@@ -29,7 +30,7 @@ from scmini.training.batches import Group
 from scmini.training.losses import PreferenceObjective, SFTObjective
 from scmini.training.scoring import check_start, score
 from scmini.training.steps import Steps
-from scmini.training.trainer import TreeModule, TreeTrainer
+from scmini.training.trainer import TreeModule, TreeTrainer, one_gpu_per_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [1, 5, 2, 3]
@@ -330,3 +331,10 @@ def test_checkpoints_of_bitsandbytes_optimizers(name: str, tmp_path: Path) -> No
     steps(layer, optimizer, range(3, 6))
     steps(again, restored, range(3, 6))
     assert torch.equal(layer.weight, again.weight)
+
+
+def test_several_visible_gpus_are_no_data_parallel(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = 4  # as on a machine with four, outside of torchrun
+    one_gpu_per_process(args)
+    assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)

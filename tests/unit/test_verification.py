@@ -184,6 +184,21 @@ def test_a_chosen_model_is_loaded_as_a_run_does(tmp_path: Path) -> None:
     assert all(row.dtype == "bfloat16" for row in rows.values())
 
 
+def test_wider_products_are_of_the_decoded_weights(tmp_path: Path) -> None:
+    """bitsandbytes decodes NF4 to its input's dtype, so from fp32 to weights of more digits."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    chosen = model.chosen_subject(str(write_model(tmp_path)))
+    layer: Any = next(m for m in chosen.modules() if hasattr(m, "quant_state"))
+    weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert weight.dtype == torch.bfloat16
+    x = torch.randn(5, layer.in_features, device=weight.device)
+    with separate.widened(chosen):
+        found = layer(x)
+    torch.testing.assert_close(found, x @ weight.float().T, rtol=1e-5, atol=1e-5)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert "forward" not in vars(layer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_widening_leaves_no_trace(dtype: torch.dtype) -> None:
     subject = model.tiny_subject(dtype)

@@ -61,8 +61,8 @@ _DEFAULT = {
     128: Configuration(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
     256: Configuration(Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2), Blocks(32, 32, 8, 2)),
 }
-# The compiler for sm_80 finds registers for fewer keys at a time.
-_A100 = {
+# For sm_80, and in Triton 3.6 for sm_120, the compiler finds registers for fewer keys at a time.
+_FEWER_KEYS = {
     **_DEFAULT,
     256: _DEFAULT[256]._replace(forward=Blocks(64, 16, 8, 3)),
 }
@@ -342,7 +342,7 @@ def _configuration(q: Tensor) -> Configuration:
 
 def choose_configuration(capability: int, dtype: torch.dtype, head_dim: int) -> Configuration:
     """What runs on a card of compute capability major * 10 + minor; bf16 and fp16 alike."""
-    half = {80: _A100, 90: _HOPPER}.get(capability, _DEFAULT)
+    half = {80: _FEWER_KEYS, 90: _HOPPER, 120: _FEWER_KEYS}.get(capability, _DEFAULT)
     table = _FP32 if dtype == torch.float32 else half
     return table[min(size for size in table if size >= head_dim)]
 
