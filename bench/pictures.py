@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from cases import Layout, token_ratio
 from matplotlib.axes import Axes
@@ -18,25 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from rows import Row
 
-from scmini.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
+from scmini.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, style
 
 KS = (1, 4, 8, 16)
 CARD_GIB = 24
 LARGE = 9999
 """A vocabulary above this is named beside its points."""
 BY_K = {1: SKY, 2: PURPLE, 4: GREEN, 8: ORANGE, 16: BLUE}
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "axes.edgecolor": "#555555",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-}
 STEP_LOOKS = {
     "trees": (BLUE, "o", "trees"),
     "trees_split": (SKY, "s", "trees, split to the budget of one pair"),
@@ -61,7 +48,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     if not any(row["peer"] in peers for row in points for _, _, peers in panels):
         return None
     ks = sorted({*KS, *(row["case"]["k"] for row in points)})
-    with mpl.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(11.4, 4.6), layout="constrained")
         for axes, (title, layout, peers) in zip(figure.subplots(1, 3), panels, strict=True):
             _theory(axes, layout, ks)
@@ -140,7 +127,7 @@ def memory_bars(rows: Sequence[Row]) -> Figure | None:
     cases = list(dict.fromkeys(case_name(row) for row in found))
     if not cases:
         return None
-    with mpl.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(8.4, 1.2 + 1.15 * len(cases)), layout="constrained")
         axes = figure.subplots()
         height = 0.8 / len(STEP_LOOKS)
@@ -172,7 +159,7 @@ def memory_lines(rows: Sequence[Row]) -> Figure | None:
     panels = [size for size, ks in sorted(sizes.items()) if len(ks) > 1]
     if not panels:
         return None
-    with mpl.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(max(8.4, 4.2 * len(panels)), 4.6), layout="constrained")
         for axes, (p, r) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -220,7 +207,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     panels = [(what, found) for what, found in panels if found]
     if not panels:
         return None
-    with mpl.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(5.4 * len(panels), 4.9), layout="constrained")
         for axes, (what, found) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -282,7 +269,7 @@ def errors(rows: Sequence[Row]) -> Figure | None:
         ("value", "largest error of a log-probability (nat)"),
         ("gradient", "relative error of the hidden states' gradient"),
     ]
-    with mpl.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(8.8, 4.6), layout="constrained")
         for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
             for peer, (colour, marker) in looks(found).items():

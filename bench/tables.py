@@ -110,7 +110,7 @@ def _step(rows: Sequence[Row], _: Sequence[Row]) -> list[str]:
 def _headline_table(rows: Sequence[Row]) -> str:
     heads = [
         "P,R,k",
-        "pairs / trees (predicted)",
+        "pairs / trees, k at once or one (predicted)",
         "k+1 / trees (predicted)",
         "TRL / trees",
         "memory, TRL / trees, k pairs in flight",
@@ -119,13 +119,11 @@ def _headline_table(rows: Sequence[Row]) -> str:
     lines = []
     for case in dict.fromkeys(case_name(row) for row in rows):
         by_peer = {row["peer"]: row for row in rows if case_name(row) == case}
-        found = list(by_peer.values())
-        best = best_of(found, ("trl", "trl_one_pair"))
-        pairs = best_of(found, ("pairs", "pairs_one_pair"))
+        best = best_of(list(by_peer.values()), ("trl", "trl_one_pair"))
         lines.append(
             [
                 case,
-                _ratio(pairs[0] if pairs else None),
+                _ratio(*(by_peer.get(name) for name in ("pairs", "pairs_one_pair"))),
                 _ratio(by_peer.get("grouped")),
                 f"{best[0]['measured_ratio']:.2f}" if best and "measured_ratio" in best[0] else "",
                 _memory_ratio(by_peer, "trl", "trees"),
@@ -135,10 +133,12 @@ def _headline_table(rows: Sequence[Row]) -> str:
     return _markdown(heads, lines)
 
 
-def _ratio(row: Row | None) -> str:
-    if row is None or "measured_ratio" not in row:
+def _ratio(*rows: Row | None) -> str:
+    able = [row for row in rows if row is not None and "measured_ratio" in row]
+    if not able:
         return ""
-    return f"{row['measured_ratio']:.2f} ({row['predicted_ratio']:.2f})"
+    measured = " or ".join(f"{row['measured_ratio']:.2f}" for row in able)
+    return f"{measured} ({able[0]['predicted_ratio']:.2f})"
 
 
 def _memory_ratio(by_peer: dict[str, Row], theirs: str, ours: str) -> str:

@@ -58,7 +58,7 @@ def panels(reward_scale: float) -> list[Panel]:
 
 def win_rate_figure(rows: Rows, reward_scale: float, title: str = "") -> Figure:
     """Both panels side by side with one legend: what README and win_rate.png show."""
-    with _style():
+    with style():
         figure = Figure(figsize=(8.4, 4.5), layout="constrained")
         for axes, panel in zip(figure.subplots(1, 2), panels(reward_scale), strict=True):
             _draw_panel(axes, rows, panel)
@@ -71,7 +71,7 @@ def win_rate_figure(rows: Rows, reward_scale: float, title: str = "") -> Figure:
 
 def panel_figure(rows: Rows, panel: Panel) -> Figure:
     """One panel alone: narrow enough for a phone."""
-    with _style():
+    with style():
         figure = Figure(figsize=(4.4, 4.4), layout="constrained")
         axes = figure.subplots()
         _draw_panel(axes, rows, panel)
@@ -88,7 +88,7 @@ def curve_figure(
         curves: name of the quantity -> (step, value) points in order.
         limits: range of the y axis by name, so that pictures of several methods compare.
     """
-    with _style():
+    with style():
         figure = Figure(figsize=(2.4, 0.4 + 1.25 * len(curves)), layout="constrained")
         stacked = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, points), colour in zip(stacked, curves.items(), (BLUE, RED), strict=False):
@@ -106,7 +106,7 @@ def curve_figure(
 
 def similarity_figure(kept: Sequence[float], others: Sequence[float]) -> Figure:
     """How similar to the target the answers are: those taken as negatives, and all others."""
-    with _style():
+    with style():
         figure = Figure(figsize=(5.0, 2.8), layout="constrained")
         axes = figure.subplots()
         both = [np.asarray(kept, dtype=float), np.asarray(others, dtype=float)]
@@ -142,7 +142,8 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
+    """How all figures of the project look."""
     return mpl.rc_context(
         {
             "font.family": "DejaVu Sans",

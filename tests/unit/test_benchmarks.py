@@ -281,7 +281,8 @@ def test_document_and_pictures_come_from_rows(results: Path, tmp_path: Path) -> 
     assert "\nold\n" not in text
     assert plot.main([*arguments, "--check"]) == 0
     pairs = next(r for r in rows.read(results / "cpu/step.jsonl") if r["peer"] == "pairs")
-    assert f"{pairs['measured_ratio']:.2f} ({pairs['predicted_ratio']:.2f})" in text
+    assert f"| {pairs['measured_ratio']:.2f} or " in text
+    assert f" ({pairs['predicted_ratio']:.2f}) |" in text
     assert "### GPU\n\nNot measured" in text
     for name in ("speedup", "memory", "roofline", "errors"):
         assert (results / "cpu" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -322,7 +323,7 @@ def test_the_summary_is_of_the_same_rows(results: Path, tmp_path: Path) -> None:
     text = (tmp_path / "readme.md").read_text("utf-8")
     pairs = rows.newest(rows.read(results / "cpu/step.jsonl"))
     pairs = next(row for row in pairs if row["peer"] == "pairs")
-    assert f"{pairs['measured_ratio']:.2f} ({pairs['predicted_ratio']:.2f})" in text
+    assert f"| {pairs['measured_ratio']:.2f} or " in text
     assert "No GPU has been measured yet." in text
     (tmp_path / "readme.md").write_text(text.replace("No GPU", "A GPU"))
     assert plot.main(["--results", str(results), *paths, "--check"]) == 1
