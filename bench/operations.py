@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,8 @@ from cases import (
 from memory import Peak
 from peers import attentions, heads
 
-from scmini_kernels import PrefixTree, tree_attention
+from scmini_kernels import PrefixTree
+from scmini_kernels._attention_plan import plan
 
 WARM_UP = 3
 CACHE_BYTES = 256 * 2**20
@@ -182,35 +184,56 @@ def _packing(
 ) -> list[rows.Row]:
     """What the host does for a batch before and beside the model, in seconds.
 
-    "pack": sequences to index arrays. "move": to the device. "plan": what the first attention over
-    a tree makes for all later ones: the first call's time less that of a second, which noise may
-    make negative.
+    "pack": sequences to index arrays. "move": to the device. What attention makes once for all
+    layers: "plan", the rectangles for the CPU; "tiles", the tables of the Triton kernels.
     """
     inputs = heads.problem(shape, case, "cpu", torch.float32)
     group = _sequences(inputs.tree)
     calls: dict[str, list[float]] = {"pack": [], "move": [], "plan": []}
-    query, key = (
-        torch.randn(1, count, inputs.tree.num_tokens, shape.head_dim, device=device).to(dtype)
-        for count in (shape.heads, shape.kv_heads)
-    )
-    attend = partial(_attend_once, query, key)
-    attend(PrefixTree.pack([group]).to(device), device)
+    flop_per_score = 14 * shape.heads * shape.head_dim
     for _ in range(common["rounds"]):
         start = _now(device)
         tree = PrefixTree.pack([group])
         packed = _now(device)
         tree = tree.to(device)
         moved = _now(device)
-        first, second = attend(tree, device), attend(tree, device)
+        plan(tree, None, flop_per_score)
+        planned = _now(device)
         calls["pack"].append(packed - start)
         calls["move"].append(moved - packed)
-        calls["plan"].append(first - second)
+        calls["plan"].append(planned - moved)
+    if find_spec("triton"):
+        calls["tiles"] = _tile_seconds(shape, group, device, common["rounds"])
     names = {"tokens": inputs.tree.num_tokens, "mode": "host"}
     found = []
     for name, samples in calls.items():
         found.append({**common, **names, "peer": name, "seconds": rows.spread(samples)})
         rows.say(f"  {name:8} {found[-1]['seconds']['median'] * 1e3:9.3f} ms")
     return found
+
+
+def _tile_seconds(shape: Shape, group: list[Any], device: str, rounds: int) -> list[float]:
+    """Of the tables for bf16 on a Hopper card of 132 multiprocessors, made on the host."""
+    from scmini_kernels.triton.tiles import TileShape, attention_tiles
+    from scmini_kernels.triton.tree_attention import choose_configuration
+
+    chosen = choose_configuration(90, torch.bfloat16, shape.head_dim)
+    heads_per_key = shape.heads // shape.kv_heads
+    tiles = TileShape(
+        queries=chosen.forward.queries // heads_per_key,
+        gradient_queries=chosen.query_gradient.queries // heads_per_key,
+        keys=chosen.key_gradient.keys,
+        step=chosen.key_gradient.queries // heads_per_key,
+        pieces=4 * 132 // shape.kv_heads,
+        min_piece=2048 // heads_per_key,
+    )
+    found = []
+    for _ in range(rounds + 1):  # the first warms up
+        tree = PrefixTree.pack([group]).to(device)
+        start = _now(device)
+        attention_tiles(tree, tiles, None)
+        found.append(_now(device) - start)
+    return found[1:]
 
 
 def _sequences(tree: PrefixTree) -> list[Any]:
@@ -222,14 +245,6 @@ def _sequences(tree: PrefixTree) -> list[Any]:
         for start, stop in pairwise(offsets)
     ]
     return [(prompt, response) for response in responses]
-
-
-def _attend_once(query: torch.Tensor, key: torch.Tensor, tree: PrefixTree, device: str) -> float:
-    """Seconds of one forward and backward."""
-    q, k, v = (x.detach().requires_grad_() for x in (query, key, key))
-    start = _now(device)
-    tree_attention(q, k, v, tree).sum().backward()
-    return _now(device) - start
 
 
 def _now(device: str) -> float:

@@ -104,7 +104,8 @@ def _speedup_point(axes: Axes, row: Row) -> None:
     axes.plot(x, measured, marker="o", color=colour, markersize=7, zorder=4, markeredgecolor="w")
     text = f"{case['P']},{case['R']},{k}"
     text += f", V = {case['vocab']:,}" if case["vocab"] > LARGE else ""
-    left = x <= 1  # the most usual ratios are 1 and 2: away from each other
+    # The most usual ratios are 1 and 2, and cases differ by vocabulary alone: away from each other.
+    left = x <= 1 or case["vocab"] > LARGE
     axes.annotate(
         text, (x, measured), xytext=(-8 if left else 8, 0), textcoords="offset points",
         fontsize=7, va="center", ha="right" if left else "left",

@@ -29,7 +29,8 @@ TITLES = {
 _MEANINGS = {
     "pack": "token ids to index arrays (`PrefixTree.pack`)",
     "move": "index arrays to the device",
-    "plan": "what attention makes once per tree",
+    "plan": "rectangles for attention on the CPU, once per tree",
+    "tiles": "tables of the Triton attention, once per tree",
 }
 
 
@@ -235,7 +236,7 @@ def _packing(rows: Sequence[Row], everything: Sequence[Row]) -> list[str]:
     }
     lines = []
     for row in rows:
-        seconds = max(0.0, row["seconds"]["median"])  # of a plan it is a difference
+        seconds = row["seconds"]["median"]
         step = steps.get(_sizes(row))
         share = "" if step is None else f"{seconds / step:.2%}"
         lines.append(

@@ -190,7 +190,7 @@ def test_nothing_is_measured_when_tests_fail(
     assert not list(tmp_path.rglob("*.jsonl"))
     assert run.main([*arguments, "--skip-tests"]) == 0
     found = rows.read(tmp_path / "cpu" / "packing.jsonl")
-    assert {row["peer"] for row in found} == {"pack", "move", "plan"}
+    assert {row["peer"] for row in found} == {"pack", "move", "plan", "tiles"}
     assert run.main([*arguments, "--skip-tests"]) == 0
     assert len(rows.read(tmp_path / "cpu" / "packing.jsonl")) == 2 * len(found), "rows were lost"
 
