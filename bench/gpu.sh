@@ -14,8 +14,8 @@ try() {
   "$@" || failed+=("$*")
 }
 
-# In parts, since most of the time is compilation: each stays under ten minutes on an H100.
-# (What is compiled ahead of time needs no GPU, and is tested without one.)
+# In parts, since most of the time is compilation and a failure should not cost all of it. (What is
+# compiled ahead of time needs no GPU, and is tested without one.)
 try python -m pytest -q -m "not slow" tests/unit/test_qlora.py tests/kernels/test_linear_logprob*.py
 try python -m pytest -q -m "not slow" tests/kernels/test_tree_attention_triton.py -k "budget or sizes"
 try python -m pytest -q -m "not slow" tests/kernels/test_tree_attention_triton.py -k "not budget and not sizes"

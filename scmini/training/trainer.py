@@ -69,6 +69,7 @@ class TreeTrainer(Trainer):
     def __init__(
         self, module: TreeModule, args: TrainingArguments, objective: Objective, knob: int
     ) -> None:
+        one_gpu_per_process(args)
         super().__init__(model=module, args=args)
         self._module = module
         self._out = Path(str(args.output_dir))
@@ -318,7 +319,7 @@ def _arguments(
 ) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    args = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(out),
         seed=seed,
         use_cpu=not on_gpu,
@@ -343,8 +344,6 @@ def _arguments(
         dataloader_pin_memory=False,
         bf16=False,
     )
-    one_gpu_per_process(args)
-    return args
 
 
 def one_gpu_per_process(args: TrainingArguments) -> None:

@@ -30,7 +30,7 @@ from scmini.training.batches import Group
 from scmini.training.losses import PreferenceObjective, SFTObjective
 from scmini.training.scoring import check_start, score
 from scmini.training.steps import Steps
-from scmini.training.trainer import TreeModule, TreeTrainer, one_gpu_per_process
+from scmini.training.trainer import TreeModule, TreeTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [1, 5, 2, 3]
@@ -336,5 +336,5 @@ def test_checkpoints_of_bitsandbytes_optimizers(name: str, tmp_path: Path) -> No
 def test_several_visible_gpus_are_no_data_parallel(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     args._n_gpu = 4  # as on a machine with four, outside of torchrun
-    one_gpu_per_process(args)
+    TreeTrainer(TreeModule(with_lora(tiny_model())), args, SFTObjective(), 100)
     assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)
