@@ -1,20 +1,25 @@
-"""The configuration: one YAML file, one section per stage, every mistake reported at once.
-
-Names are those of transformers, TRL and PEFT where these have one. Fields marked `machine()` decide
-how the work is cut up on this machine, never what comes out of it: they do not enter a recipe, so
-changing one re-runs nothing.
-"""
+"""The configuration: one YAML file, one section per stage, every mistake reported at once."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from scmini.sections import (
+    BaseConfig,
+    DataConfig,
+    DPOConfig,
+    EmbedConfig,
+    FilterConfig,
+    GenerateConfig,
+    ModelConfig,
+    ReferenceConfig,
+    ReportConfig,
+    RewardConfig,
+    SampleConfig,
+    Section,
+    SFTConfig,
+    SFTContinuedConfig,
 )
 
 METHOD = re.compile(
@@ -27,287 +32,12 @@ METHODS_HELP = (
 )
 
 
-ZOO_MOST = {"num_train": 200_000, "num_test": 30_000}
-"""Different prompts of the demo's world that can be drawn without long search."""
-
-
-def machine(default: Any, **kwargs: Any) -> Any:
-    """A field that does not enter recipes (see the module docstring)."""
-    return Field(default, json_schema_extra={"machine": True}, **kwargs)
-
-
-class Section(BaseModel):
-    """One section of the file. Frozen; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelConfig(Section):
-    """The model that is aligned. Without a name the stage `base` trains a small one on the spot."""
-
-    model_name_or_path: str | None = None
-    """A local folder or a name on the Hugging Face hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    load_in_4bit: bool = True
-    """Frozen weights in NF4 with double quantisation (QLoRA)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the computation; adapters are always float32."""
-    max_length: int = Field(2048, ge=8)
-    """Longest prompt with response, in tokens."""
-    attn_implementation: Literal["tree", "flash_attention_2"] = machine("tree")
-    """`flash_attention_2`: rows that share nothing (SFT) go through flash-attn (extra `flash`)."""
-    use_liger_kernel: bool = machine(False)
-    """Liger's RMSNorm, RoPE and SwiGLU in training and scoring (extra `liger`, CUDA)."""
-
-    @model_validator(mode="after")
-    def _revision_needs_name(self) -> "ModelConfig":
-        if self.revision is not None and self.model_name_or_path is None:
-            raise ValueError("revision has no effect without model_name_or_path")
-        return self
-
-    @model_validator(mode="after")
-    def _flash_needs_16_bits(self) -> "ModelConfig":
-        if self.attn_implementation == "flash_attention_2" and self.dtype == "float32":
-            raise ValueError("attn_implementation: flash_attention_2 needs dtype bfloat16, float16")
-        return self
-
-
-class RewardModelTraining(Section):
-    """A small sequence-classification reward model, trained on the data set's own preferences."""
-
-    num_train_epochs: float = Field(2.0, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    pairs_per_step: int = Field(16, ge=1)
-
-
-class BaseConfig(Section):
-    """What a download would bring, made on the spot: tokenizer, a small Llama, a reward model.
-
-    Used when `model.model_name_or_path` is empty.
-    """
-
-    vocab_size: int = Field(1024, ge=300)
-    hidden_size: int = Field(128, ge=16)
-    intermediate_size: int = Field(384, ge=16)
-    num_hidden_layers: int = Field(3, ge=1)
-    num_attention_heads: int = Field(4, ge=1)
-    num_key_value_heads: int = Field(4, ge=1)
-    initializer_range: float = Field(0.06, gt=0)
-    learning_rate: float = Field(3e-3, gt=0)
-    num_train_epochs: float = Field(1.0, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    dialogues_per_step: int = Field(32, ge=1)
-    loss_on: Literal["answers", "all"] = "answers"
-    """Train on the assistant's turns alone, or on every token."""
-    reward_model: RewardModelTraining = RewardModelTraining()
-    tokens_per_microbatch: int = machine(4096, ge=1)
-    save_steps: int = machine(250, ge=1)
-    logging_steps: int = machine(10, ge=1)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "BaseConfig":
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError("num_attention_heads must divide hidden_size")
-        if (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError("hidden_size / num_attention_heads must be even (rotary embeddings)")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError("num_key_value_heads must divide num_attention_heads")
-        return self
-
-
-class DataConfig(Section):
-    """Where prompts and targets come from."""
-
-    format: Literal["zoo", "jsonl", "hh-rlhf"] = "zoo"
-    """`zoo`: the embedded demo; `jsonl`: rows of data/train.jsonl; `hh-rlhf`: raw transcripts."""
-    path: str | list[str] | None = None
-    """One or more files (.jsonl, .jsonl.gz); none for `zoo`."""
-    num_pretraining: int = Field(24000, ge=0)
-    """Most dialogues that the stage `base` reads."""
-    num_train: int | None = Field(None, ge=1)
-    """Most training prompts to take; all when empty."""
-    num_test: int = Field(500, ge=1)
-    """Held-out prompts on which the methods are judged."""
-    max_prompt_chars: int | None = Field(None, ge=1)
-    """Drop (and count) rows whose prompt is longer."""
-    max_target_chars: int | None = Field(None, ge=1)
-    """Drop (and count) rows whose target is longer."""
-
-    @model_validator(mode="after")
-    def _path_fits_format(self) -> "DataConfig":
-        if self.format == "zoo" and self.path is not None:
-            raise ValueError("path has no effect with format: zoo")
-        if self.format != "zoo" and not self.path:
-            raise ValueError(f"format: {self.format} needs path, the file to read")
-        if self.format == "zoo":
-            for key, most in ZOO_MOST.items():
-                if (getattr(self, key) or 0) > most:
-                    raise ValueError(f"{key}: the zoo has no more than {most:,} different prompts")
-        return self
-
-
-class TrainingConfig(Section):
-    """What every training shares. One optimizer step is `prompts_per_step` prompts, however cut."""
-
-    learning_rate: float = Field(2e-4, gt=0)
-    num_train_epochs: float = Field(1.0, gt=0)
-    num_prompts: int | None = Field(None, ge=1)
-    """Train on the first so many prompts only; all when empty."""
-    prompts_per_step: int = Field(128, ge=1)
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
-        "adamw_torch"
-    )
-    tokens_per_microbatch: int = machine(8192, ge=1)
-    """The one memory knob: tokens of a packed row. Never changes the result beyond rounding."""
-    gradient_checkpointing: bool = machine(True)
-    save_steps: int = machine(50, ge=1)
-    logging_steps: int = machine(1, ge=1)
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = machine("none")
-
-
-class SFTConfig(TrainingConfig):
-    """Supervised fine-tuning of a fresh LoRA adapter on the targets."""
-
-    lora_r: int = Field(64, ge=1)
-    lora_alpha: int = Field(64, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    lora_target_modules: str | list[str] = "all-linear"
-    loss_on: Literal["last", "all"] = "last"
-    """Loss on the last assistant turn (as the original) or on every assistant turn."""
-
-
-class SFTContinuedConfig(TrainingConfig):
-    """The control `sft-continued`: the same steps spent on more SFT, from the SFT adapter."""
-
-    loss_on: Literal["last", "all"] = "last"
-
-
-class DPOConfig(TrainingConfig):
-    """DPO with one chosen and k rejected responses, from a copy of the SFT adapter."""
-
-    learning_rate: float = Field(5e-6, gt=0)
-    beta: float = Field(0.1, gt=0)
-    loss_type: Literal["sigmoid", "ipo", "hinge", "softmax"] = "sigmoid"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    rpo_alpha: float = Field(0.0, ge=0)
-    """Weight of an SFT term (mean negative log-likelihood per token) on the chosen response."""
-
-    @model_validator(mode="after")
-    def _smoothing_fits_loss(self) -> "DPOConfig":
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing has no effect with loss_type: {self.loss_type}")
-        return self
-
-
-class DecodingConfig(Section):
-    """How answers are drawn."""
-
-    temperature: float = Field(1.0, ge=0)
-    """0 takes the most likely token."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(1024, ge=1)
-    batch_size: int = machine(256, ge=1)
-    """Sequences decoded at once."""
-
-
-class SampleConfig(DecodingConfig):
-    """n answers of the SFT model to every training prompt."""
-
-    n: int = Field(32, ge=1)
-    num_prompts: int | None = Field(None, ge=1)
-    """Sample for the first so many training prompts only; all when empty."""
-    shard_size: int = machine(64, ge=1)
-    """Prompts per file: at most this much work is lost when the machine stops."""
-
-    @field_validator("temperature")
-    @classmethod
-    def _greedy_repeats(cls, value: float) -> float:
-        if value == 0:
-            raise ValueError(
-                "n answers at temperature 0 are all the same; use a temperature above 0"
-            )
-        return value
-
-
-class EmbedConfig(Section):
-    """Vectors of targets and responses."""
-
-    encoder: str = "hashed-ngrams"
-    """`hashed-ngrams` (no download) or a sentence-transformers model: folder or hub name."""
-    dimensions: int = Field(4096, ge=16)
-    """Of `hashed-ngrams` only; other encoders have their own."""
-    max_length: int = Field(512, ge=1)
-    """Tokens an encoder reads of a text; what is cut off is counted."""
-    batch_size: int = machine(64, ge=1)
-
-    @model_validator(mode="after")
-    def _fits_encoder(self) -> "EmbedConfig":
-        unused = "max_length" if self.encoder == "hashed-ngrams" else "dimensions"
-        if unused in self.model_fields_set:
-            raise ValueError(f"{unused} has no effect with encoder: {self.encoder}")
-        return self
-
-
-class FilterConfig(Section):
-    """Which responses become negatives (DESIGN 5.6)."""
-
-    mode: Annotated[
-        str, StringConstraints(pattern=r"^(default|all|alldedup|last-\d+|lastdedup-\d+)$")
-    ] = "default"
-    keep_fraction: float = Field(0.75, gt=0, le=1)
-    """Of the unique responses, the share of least similar ones that stays (mode: default)."""
-    allow_fewer: bool = False
-    """Keep a prompt with fewer than k candidates, with those it has; else drop and count it."""
-    common_subset: bool = False
-    """Every k trains on the same prompts: those with enough candidates for the largest k."""
-
-    @model_validator(mode="after")
-    def _options_have_effect(self) -> "FilterConfig":
-        if self.mode != "default" and "keep_fraction" in self.model_fields_set:
-            raise ValueError(f"keep_fraction has no effect with mode: {self.mode}")
-        if self.allow_fewer and self.common_subset:
-            raise ValueError("allow_fewer and common_subset exclude each other")
-        return self
-
-
-class ReferenceConfig(Section):
-    """Log-probabilities of the reference model (the SFT model), computed once."""
-
-    tokens_per_microbatch: int = machine(8192, ge=1)
-
-
-class GenerateConfig(DecodingConfig):
-    """One answer of every method to each test prompt."""
-
-
-class RewardConfig(Section):
-    """Who grades the answers."""
-
-    grader: Literal["auto", "program", "model"] = "auto"
-    """`program`: the demo's own; `model`: a reward model; `auto` takes the one the data has."""
-    model_name_or_path: str | None = None
-    """Any AutoModelForSequenceClassification with one label; empty: the one that `base` made."""
-    tokens_per_microbatch: int = machine(8192, ge=1)
-
-
-class ReportConfig(Section):
-    """Tables, figure and page."""
-
-    bootstrap_samples: int = Field(2000, ge=100)
-    """Resamples over prompts behind the 95 % intervals."""
-
-
 class Config(Section):
     """The whole file."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
     seed: int = Field(0, ge=0, lt=2**31)
-    methods: list[str] = ["sft", "self-contrast-1"]
+    methods: list[str] = Field(["sft", "self-contrast-1"])
     model: ModelConfig = ModelConfig()
     base: BaseConfig = BaseConfig()
     data: DataConfig = DataConfig()
@@ -342,6 +72,8 @@ class Config(Section):
                 raise ValueError(
                     f"methods: {method} needs sample.n of at least {k}, got {self.sample.n}"
                 )
+        if self.sample.engine == "data" and self.data.format != "self-contrast":
+            raise ValueError("sample.engine: data needs data.format: self-contrast")
         if self.reward.grader == "program" and self.data.format != "zoo":
             raise ValueError(f"reward.grader: program cannot grade data.format: {self.data.format}")
         if self.grader == "program" and self.reward.model_name_or_path:
@@ -375,13 +107,3 @@ def num_negatives(method: str) -> int | None:
 def is_trained_by_dpo(method: str) -> bool:
     """Whether the method has a policy of its own, trained on pairs."""
     return method == "dpo" or num_negatives(method) is not None
-
-
-def recipe_section(section: Section) -> dict[str, Any]:
-    """The part of a section that can change a result, as plain JSON values."""
-    hidden = {
-        name
-        for name, info in type(section).model_fields.items()
-        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("machine")
-    }
-    return section.model_dump(mode="json", exclude=hidden)

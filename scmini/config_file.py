@@ -19,8 +19,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from scmini import console
-from scmini.config import Config, Section
+from scmini.config import Config
 from scmini.errors import ConfigError
+from scmini.sections import Section
 
 MAX_BYTES = 1 << 20
 _TAG = "tag:yaml.org,2002:"

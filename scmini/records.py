@@ -46,6 +46,8 @@ class Samples:
     id: str
     prompt_token_ids: list[int]
     responses: list[Response]
+    failure: str | None = None
+    """Why there are none."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,7 @@ def write_samples(path: Path, rows: list[Samples]) -> None:
             ("id", pa.string()),
             ("prompt_token_ids", pa.list_(pa.int32())),
             ("responses", pa.list_(response)),
+            ("failure", pa.string()),
         ]
     )
     write_table(path, pa.Table.from_pylist([asdict(row) for row in rows], schema=schema))
@@ -284,10 +287,27 @@ def read_table(path: Path) -> Any:
 def read_samples(folder: Path) -> Iterator[Samples]:
     """All shards of a samples folder in order, one shard in memory at a time."""
     for path in sorted(folder.glob("part-*.parquet")):
-        table = read_table(path)
-        missing = [name for name in _SAMPLES_COLUMNS if name not in table.column_names]
-        if missing:
-            raise DataError(f"{path}: column {missing[0]!r} is missing")
-        for row in table.to_pylist():
+        yield from read_samples_shard(path)
+
+
+def read_samples_shard(path: Path) -> list[Samples]:
+    """The rows of one shard.
+
+    Raises:
+        DataError: not such a file.
+        RecordError: a row without id, or with responses that are none.
+    """
+    table = read_table(path)
+    missing = [name for name in _SAMPLES_COLUMNS if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path}: column {missing[0]!r} is missing")
+    found = []
+    for number, row in enumerate(table.to_pylist(), start=1):
+        try:
             responses = [Response(**response) for response in row["responses"]]
-            yield Samples(row["id"], row["prompt_token_ids"], responses)
+        except TypeError as error:
+            raise RecordError(path, number, f"column 'responses': {error}") from None
+        if not isinstance(row["id"], str) or any(r.text is None for r in responses):
+            raise RecordError(path, number, "an id or a text is missing")
+        found.append(Samples(row["id"], row["prompt_token_ids"], responses, row.get("failure")))
+    return found

@@ -15,14 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scmini.config import (
-    Config,
-    Section,
-    is_trained_by_dpo,
-    num_negatives,
-    recipe_section,
-)
+from scmini.config import Config, is_trained_by_dpo, num_negatives
 from scmini.errors import DataError, UsageError
+from scmini.sections import Section, recipe_section
 from scmini.store import Finished, Recipe, digest_of, sha256_of
 
 MIB = 1 << 20

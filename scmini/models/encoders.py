@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scmini.config import EmbedConfig
 from scmini.errors import DataError, DoesNotFit, EnvironmentProblem
+from scmini.sections import EmbedConfig
 
 Vectors = NDArray[np.float32]
 
@@ -45,7 +45,7 @@ def build_encoder(config: EmbedConfig) -> Encoder:
     """
     if config.encoder == "hashed-ngrams":
         return HashedNgramEncoder(config.dimensions)
-    return SentenceTransformerEncoder(config.encoder, config.max_length, config.batch_size)
+    return SentenceTransformerEncoder(config.encoder, config.max_length, 64)
 
 
 class HashedNgramEncoder:

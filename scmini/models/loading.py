@@ -25,11 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from scmini.config import Config, ModelConfig, SFTConfig
+from scmini.config import Config
 from scmini.errors import ConfigError, DataError, EnvironmentProblem
 from scmini.models.attention import check_attention, choose_attention, output_head, plain_model
 from scmini.models.elementwise import apply_liger, check_liger
 from scmini.models.qlora import fuse_lora
+from scmini.sections import ModelConfig, SFTConfig
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
 

@@ -17,8 +17,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from scmini.config import DecodingConfig
 from scmini.records import Response
+from scmini.sections import DecodingConfig
 from scmini.seeding import numpy_rng
 
 Prompt = tuple[str, list[int]]

@@ -19,10 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scmini.config import Config, TrainingConfig
+from scmini.config import Config
 from scmini.errors import DataError
 from scmini.models import loading
 from scmini.records import Message, read_jsonl
+from scmini.sections import TrainingConfig
 from scmini.seeding import derived_seed
 from scmini.store import Work, write_atomic
 from scmini.training import checkpoints

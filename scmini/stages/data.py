@@ -9,13 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from scmini.config import Config, DataConfig
+from scmini.config import Config
 from scmini.data import zoo
 from scmini.data.hh_rlhf import read_hh_rlhf
 from scmini.data.jsonl import read_examples_jsonl
 from scmini.data.split import prompt_digest, split, within_limits
 from scmini.errors import DataError
 from scmini.records import Example, Message, write_examples, write_jsonl
+from scmini.sections import DataConfig
 from scmini.store import Work
 
 ZOO_FLAWED_TARGETS = 0.30

@@ -5,8 +5,9 @@ Every method draws with the same random numbers, so that methods differ by their
 
 from pathlib import Path
 
-from scmini.config import Config, GenerateConfig
+from scmini.config import Config
 from scmini.records import Generation, read_examples, read_samples, write_jsonl
+from scmini.sections import GenerateConfig
 from scmini.stages.sample import write_shards
 from scmini.store import Work
 from scmini.training.checkpoints import peak_gib

@@ -4,12 +4,13 @@ import time
 from pathlib import Path
 
 from scmini.chat import check_tokenizer, prompt_ids
-from scmini.config import Config, DecodingConfig
+from scmini.config import Config
 from scmini.console import progress
 from scmini.errors import DataError
 from scmini.models.loading import load_for_generation, load_tokenizer, model_source
 from scmini.models.sampler import TransformersSampler
 from scmini.records import Example, Samples, read_examples, read_samples, read_table, write_samples
+from scmini.sections import DecodingConfig
 from scmini.seeding import derived_seed
 from scmini.store import Work
 from scmini.training.checkpoints import peak_gib

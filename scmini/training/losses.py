@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scmini.config import DPOConfig
 from scmini.errors import ScminiError
+from scmini.sections import DPOConfig
 from scmini.training.batches import Group
 
 Sums = dict[str, Tensor]

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol, TypedDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scmini.config import TrainingConfig
+from scmini.sections import TrainingConfig
 from scmini.seeding import rng
 from scmini.training.batches import Group
 from scmini.training.losses import Sums

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from scmini import console
-from scmini.config import TrainingConfig
 from scmini.errors import DataError, EnvironmentProblem, ScminiError
 from scmini.models.attention import sequence_logps
+from scmini.sections import TrainingConfig
 from scmini.seeding import rng
 from scmini.training import checkpoints
 from scmini.training.batches import Group, Microbatch, cut

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from scmini.config import ModelConfig, SFTConfig
 from scmini.models.attention import is_half, plain_model
 from scmini.models.loading import enable_checkpointing, fresh_adapter, quietly
+from scmini.sections import ModelConfig, SFTConfig
 from scmini.seeding import rng
 from scmini.training.batches import Group, cut
 from scmini.training.losses import PreferenceObjective

@@ -14,7 +14,8 @@ WORKER = '''
 import hashlib, json, os, sys, time
 from pathlib import Path
 from scmini import console, worker
-from scmini.config import Section, is_trained_by_dpo, num_negatives, recipe_section
+from scmini.config import is_trained_by_dpo, num_negatives
+from scmini.sections import Section, recipe_section
 from scmini.errors import DataError
 from scmini.stage_graph import Task, inputs, sections
 

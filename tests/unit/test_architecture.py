@@ -12,6 +12,7 @@ RANKS = [
     {"scmini_kernels", "scmini.errors", "scmini"},
     {
         "scmini.config",
+        "scmini.sections",
         "scmini.records",
         "scmini.chat",
         "scmini.store",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scmini.config import Config, DPOConfig, recipe_section
+from scmini.config import Config
 from scmini.config_file import (
     config_to_yaml,
     find_config,
@@ -13,6 +13,7 @@ from scmini.config_file import (
     shipped_configs,
 )
 from scmini.errors import ConfigError
+from scmini.sections import DPOConfig, recipe_section
 
 
 def problems(text: str, *overrides: str) -> list[str]:

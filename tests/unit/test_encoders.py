@@ -16,10 +16,11 @@ import torch
 from data_helpers import files_of, tokenizer, work
 from transformers import BertConfig, BertModel
 
-from scmini.config import Config, EmbedConfig
+from scmini.config import Config
 from scmini.errors import DataError, DoesNotFit, EnvironmentProblem
 from scmini.models.encoders import HashedNgramEncoder, SentenceTransformerEncoder, build_encoder
 from scmini.records import Example, Response, Samples, write_examples, write_samples
+from scmini.sections import EmbedConfig
 from scmini.stages import embed
 
 TEXTS = ["The goose says honk!", "the Goose  eats grass", "Ahoy!", "The goose says honk!", "ä"]
@@ -112,7 +113,7 @@ def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sentence_transformer(sentence_model: Path) -> None:
-    encoder = build_encoder(EmbedConfig(encoder=str(sentence_model), max_length=8, batch_size=2))
+    encoder = build_encoder(EmbedConfig(encoder=str(sentence_model), max_length=8))
     assert encoder.dimensions == 16
     encoder.fit(iter([["never read"]]))
     texts = ["the cat says meow", "", "dog", "  ", "the cat says meow"]

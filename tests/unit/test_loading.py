@@ -10,10 +10,11 @@ from peft import PeftModel
 from torch import Tensor
 from training_helpers import gradients, response_groups, tiny_model, tiny_tokenizer, write_model
 
-from scmini.config import Config, ModelConfig, SFTConfig, recipe_section
+from scmini.config import Config
 from scmini.errors import ConfigError, DataError, EnvironmentProblem
 from scmini.models import loading, qlora
 from scmini.models.attention import sequence_logps
+from scmini.sections import ModelConfig, SFTConfig, recipe_section
 from scmini.training.scoring import tolerance
 from scmini_kernels import PrefixTree
 

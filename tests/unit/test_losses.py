@@ -6,8 +6,8 @@ import pytest
 import torch
 from training_helpers import response_groups, text_groups
 
-from scmini.config import DPOConfig
 from scmini.errors import ScminiError
+from scmini.sections import DPOConfig
 from scmini.training.batches import Group
 from scmini.training.losses import PreferenceObjective, SFTObjective
 

@@ -9,9 +9,10 @@ import torch
 from data_helpers import files_of, tiny_llama, tokenizer, work
 from transformers import MistralConfig, MistralForCausalLM
 
-from scmini.config import Config, DecodingConfig
+from scmini.config import Config
 from scmini.models.sampler import Prompt, TransformersSampler, _Rows
 from scmini.records import Example, read_generations, read_samples, write_examples
+from scmini.sections import DecodingConfig
 from scmini.stages import generate, sample
 
 TOKENIZER = tokenizer()

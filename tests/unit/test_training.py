@@ -23,8 +23,8 @@ from training_helpers import (
 )
 from transformers import TrainingArguments
 
-from scmini.config import TrainingConfig
 from scmini.errors import ScminiError
+from scmini.sections import TrainingConfig
 from scmini.training import checkpoints, trainer
 from scmini.training.batches import Group
 from scmini.training.losses import PreferenceObjective, SFTObjective

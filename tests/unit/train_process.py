@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from training_helpers import response_groups, text_groups, tiny_model, with_lora
 
-from scmini.config import TrainingConfig
+from scmini.sections import TrainingConfig
 from scmini.training import checkpoints
 from scmini.training.losses import PreferenceObjective, SFTObjective
 from scmini.training.trainer import train
