@@ -273,13 +273,13 @@ def write_table(path: Path, table: Any) -> None:
     os.replace(torn, path)
 
 
-def read_table(path: Path) -> Any:
-    """Read a Parquet file as a pyarrow Table; `DataError` names the file if it is torn."""
+def read_table(path: Path, columns: list[str] | None = None) -> Any:
+    """A Parquet file, or some columns of it, as a pyarrow Table; `DataError` if it is torn."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from None
 

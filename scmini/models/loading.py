@@ -170,6 +170,20 @@ def load_for_generation(config: ModelConfig, source: str, adapter: Path | None) 
     return model.eval()
 
 
+def load_for_merging(config: ModelConfig, source: str, adapter: Path) -> PreTrainedModel:
+    """Base and adapter as one model without adapter, on the CPU, in `config.dtype`."""
+    with _reading(source):
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision if source == config.model_name_or_path else None,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+        )
+    policy = _attach(base, source, adapter, trainable=False)
+    merged: PreTrainedModel = plain_model(cast(Any, policy).merge_and_unload())
+    return merged
+
+
 def save_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write a PEFT folder, with tokenizer and chat template if given; same weights, same bytes."""
     model.save_pretrained(str(folder), save_embedding_layers=False)

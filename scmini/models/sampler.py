@@ -8,9 +8,9 @@ The random numbers of a prompt come from (seed, id) and are drawn before anythin
 answers do not depend, beyond rounding, on what else is in the batch or on the order of work.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,35 @@ from scmini.seeding import numpy_rng
 
 Prompt = tuple[str, list[int]]
 """Id and token ids."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its answers, or with the reason why it has none."""
+
+    prompt: Prompt
+    responses: list[Response]
+    failure: str | None = None
+
+
+class Sampler(Protocol):
+    """What the stages `sample` and `generate` ask of an engine."""
+
+    facts: dict[str, Any]
+    """Engine, device and so on, for the manifest."""
+    resumes_at: Literal["prompt", "shard"]
+    """Whether, to get the same answers again, a shard has to be asked as a whole: another
+    composition of a batch is another rounding."""
+
+    def stream(self, shards: Iterable[list[Prompt]], n: int, seed: int) -> Iterator[Answered]:
+        """n answers to each prompt, each prompt once, in any order, as they come.
+
+        Shards are taken as the engine has room. Every prompt is shorter than the longest sequence.
+        """
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
 
 _SPARE = 24
 """Positions for which a cache makes room at a time: copying it for every token is half the work."""
@@ -40,56 +69,77 @@ class TransformersSampler:
         max_length: longest prompt with answer, in tokens.
     """
 
+    resumes_at: Literal["prompt", "shard"] = "shard"
+
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, decoding: DecodingConfig, max_length: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        decoding: DecodingConfig,
+        max_length: int,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.decoding, self.max_length = decoding, max_length
-        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-        self._ends = torch.tensor(sorted(ends), device=model.device)
+        self.facts = {"engine": "transformers", "device": str(model.device)}
+        ends = end_tokens(tokenizer, getattr(model, "generation_config", None))
+        self._ends = torch.tensor(ends, device=model.device)
+        self._batch_size = decoding.batch_size
 
-    @torch.inference_mode()
-    def sample(
-        self,
-        prompts: list[Prompt],
-        n: int,
-        seed: int,
-        on_batch: Callable[[int, int], None] | None = None,
-    ) -> list[list[Response]]:
+    def stream(self, shards: Iterable[list[Prompt]], n: int, seed: int) -> Iterator[Answered]:
+        """As `Sampler.stream`: one shard after another, its prompts of like length together.
+
+        Raises:
+            torch.OutOfMemoryError: not even one answer at a time fits.
+        """
+        for prompts in shards:
+            yield from self._shard(prompts, n, seed)
+
+    def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Response]]:
         """Draw n answers to each prompt.
 
         Args:
             prompts: (id, token ids) of each.
             n: answers to each prompt.
             seed: with the id, decides a prompt's answers; the first of n are those of a smaller n.
-            on_batch: told after each batch how many answers and tokens it had.
 
         Returns:
             The answers in the order of the prompts; none to a prompt that fills max_length.
         """
-        answers: list[list[Response]] = [[] for _ in prompts]
-        for batch in self._batches(prompts, n):
-            chosen = [prompts[item] for item in batch.items]
-            drawn = self._decode(chosen, batch.first, batch.count, seed)
-            for number, response in enumerate(drawn):
-                answers[batch.items[number // batch.count]].append(response)
-            if on_batch:
-                on_batch(len(drawn), sum(len(response.token_ids) for response in drawn))
-        return answers
+        fitting = [prompt for prompt in prompts if len(prompt[1]) < self.max_length]
+        found = {a.prompt[0]: a.responses for a in self.stream([fitting], n, seed)}
+        return [found.get(id, []) for id, _ in prompts]
 
-    def _batches(self, prompts: list[Prompt], n: int) -> list["_Batch"]:
-        """Prompts of like length together, each with all its answers as long as these fit."""
-        size = self.decoding.batch_size
-        fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < self.max_length]
-        fitting.sort(key=lambda i: (len(prompts[i][1]), i))
-        together = max(1, size // n)
-        return [
-            _Batch(fitting[start : start + together], first, min(size, n - first))
-            for start in range(0, len(fitting), together)
-            for first in range(0, n, size)
-        ]
+    def close(self) -> None:
+        """Nothing is held that does not go with the object."""
 
+    def _shard(self, prompts: list[Prompt], n: int, seed: int) -> Iterator[Answered]:
+        """These prompts, in order of length; a batch that does not fit into memory is halved, and
+        so are those that follow."""
+        left = sorted(prompts, key=lambda prompt: len(prompt[1]))
+        drawn: list[list[Response]] = []
+        while left:
+            together = max(1, self._batch_size // n) if not drawn else 1
+            batch = left[:together]
+            first = len(drawn[0]) if drawn else 0
+            count = min(self._batch_size, n - first)
+            try:
+                new = self._decode(batch, first, count, seed)
+            except torch.OutOfMemoryError:
+                if self._batch_size == 1:
+                    raise
+                self._batch_size //= 2
+                torch.cuda.empty_cache()
+                continue
+            if not drawn:
+                drawn = [[] for _ in batch]
+            for number, response in enumerate(new):
+                drawn[number // count].append(response)
+            if len(drawn[0]) == n:
+                for prompt, responses in zip(batch, drawn, strict=True):
+                    yield Answered(prompt, responses)
+                left, drawn = left[len(batch) :], []
+
+    @torch.inference_mode()
     def _decode(self, prompts: list[Prompt], first: int, count: int, seed: int) -> list[Response]:
         """Answers first to first + count of each prompt, prompt by prompt."""
         device = self.model.device
@@ -162,23 +212,25 @@ class TransformersSampler:
     def _responses(self, written: torch.Tensor, length: torch.Tensor) -> list[Response]:
         rows = zip(written.tolist(), length.tolist(), strict=True)
         ids = [tokens[:end] for tokens, end in rows]
-        texts = self.tokenizer.batch_decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        ends = set(self._ends.tolist())
-        return [
-            Response(text, tokens, "stop" if tokens[-1] in ends else "length")
-            for text, tokens in zip(texts, ids, strict=True)
-        ]
+        return responses(self.tokenizer, ids, set(self._ends.tolist()))
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Answers first to first + count of each of these prompts (by their place in the list)."""
+def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's end token and those of the generation config."""
+    named = getattr(generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return sorted(ends)
 
-    items: list[int]
-    first: int
-    count: int
+
+def responses(tokenizer: Any, ids: list[list[int]], ends: set[int]) -> list[Response]:
+    """Answers with their texts; one whose last token is no end token was cut at its limit."""
+    texts = tokenizer.batch_decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [
+        Response(text, tokens, "stop" if tokens and tokens[-1] in ends else "length")
+        for text, tokens in zip(texts, ids, strict=True)
+    ]
 
 
 class _Rows:

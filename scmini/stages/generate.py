@@ -8,13 +8,12 @@ from pathlib import Path
 from scmini.config import Config
 from scmini.records import Generation, read_examples, read_samples, write_jsonl
 from scmini.sections import GenerateConfig
-from scmini.stages.sample import write_shards
+from scmini.stages.sample import answer, note_engine
 from scmini.store import Work
-from scmini.training.checkpoints import peak_gib
 
 TEMPERATURE = "sft-temperature-"
 SHARD = 512
-"""Prompts per shard in scratch/: at most this much work is lost when the machine stops."""
+"""Prompts per shard in scratch/."""
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
@@ -22,7 +21,7 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
     examples = read_examples(inputs["data"] / "test.jsonl")
     shards = work.path / "scratch"
     shards.mkdir(exist_ok=True)
-    write_shards(
+    facts = answer(
         config=config,
         inputs=inputs,
         adapter=inputs["policy"] / "adapter",
@@ -31,7 +30,9 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         n=1,
         stream="generate",
         shard_size=SHARD,
+        max_failed_share=0.0,
         folder=shards,
+        scratch=shards,
     )
     found = []
     for example, row in zip(examples, read_samples(shards), strict=True):
@@ -42,7 +43,7 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         text = row.responses[0].text if row.responses else ""
         found.append(Generation(example.id, example.prompt, text, example.target))
     write_jsonl(work.path / "generations.jsonl", found)
-    work.note("peak_gib", round(peak_gib(), 3))
+    note_engine(work, facts)
 
 
 def _decoding(config: GenerateConfig, method: str) -> GenerateConfig:

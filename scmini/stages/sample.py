@@ -1,43 +1,47 @@
 """Stage `sample`: n answers of the SFT model to every training prompt, shard by shard."""
 
-import time
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
-from scmini.chat import check_tokenizer, prompt_ids
+from scmini.chat import check_tokenizer, prompt_ids, response_ids
 from scmini.config import Config
-from scmini.console import progress
-from scmini.errors import DataError
-from scmini.models.loading import load_for_generation, load_tokenizer, model_source
-from scmini.models.sampler import TransformersSampler
-from scmini.records import Example, Samples, read_examples, read_samples, read_table, write_samples
+from scmini.models.engines import build_sampler
+from scmini.models.loading import load_tokenizer, model_source
+from scmini.models.sampler import Answered, Prompt, Sampler
+from scmini.records import Example, Response, read_examples, read_jsonl, read_samples
 from scmini.sections import DecodingConfig
 from scmini.seeding import derived_seed
+from scmini.stages.answering import FINAL, Plan, write_answers
 from scmini.store import Work
 from scmini.training.checkpoints import peak_gib
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Write part-*.parquet; shards that are there already are kept.
+    """Write part-*.parquet; what is answered already is kept.
 
-    A prompt that leaves no room for an answer gets a row without responses and is counted.
+    A prompt that leaves no room for an answer, or at which the engine failed, gets a row without
+    responses and with the reason; both are counted.
     """
-    examples = read_examples(inputs["data"] / "train.jsonl")[: config.sample.num_prompts]
-    write_shards(
+    facts = answer(
         config=config,
         inputs=inputs,
         adapter=inputs["sft"] / "adapter",
         decoding=config.sample,
-        examples=examples,
+        examples=read_examples(inputs["data"] / "train.jsonl")[: config.sample.num_prompts],
         n=config.sample.n,
         stream="sample",
         shard_size=config.sample.shard_size,
+        max_failed_share=config.sample.max_failed_share,
         folder=work.path,
+        scratch=work.path / "scratch",
     )
     _count_answers(work)
-    work.note("peak_gib", round(peak_gib(), 3))
+    note_engine(work, facts)
 
 
-def write_shards(
+def answer(
     *,
     config: Config,
     inputs: dict[str, Path],
@@ -47,42 +51,58 @@ def write_shards(
     n: int,
     stream: str,
     shard_size: int,
+    max_failed_share: float,
     folder: Path,
-) -> None:
+    scratch: Path,
+) -> dict[str, Any]:
     """Draw n answers to each example's prompt into folder/part-*.parquet, going on where it was.
 
-    The model is only loaded if a shard is missing. The random numbers come from
-    config.seed, the name `stream` and the examples' ids, never from the method.
+    The random numbers come from config.seed, the name `stream` and the examples' ids, never from
+    the method.
+
+    Returns:
+        Facts about the engine.
+
+    Raises:
+        DataError: no prompts, or a tokenizer that cannot write them.
+        EnvironmentProblem, DoesNotFit: see `build_sampler` and `write_answers`.
     """
-    if not examples:
-        raise DataError("there is no prompt to answer")
-    shards = [examples[start : start + shard_size] for start in range(0, len(examples), shard_size)]
-    paths = [folder / f"part-{number:05d}.parquet" for number in range(len(shards))]
-    for stale in set(folder.glob("part-*.parquet")) - set(paths):
-        stale.unlink()
-    missing = [number for number, path in enumerate(paths) if not _holds(path, shards[number])]
-    if not missing:
-        return
-    source = model_source(config, inputs)
     tokenizer = load_tokenizer(str(adapter))
     check_tokenizer(tokenizer)
-    model = load_for_generation(config.model, source, adapter)
-    sampler = TransformersSampler(model, tokenizer, decoding, config.model.max_length)
-    meter = _Meter((len(shards) - len(missing)) * shard_size * n, len(examples) * n)
+    prompts = [(example.id, prompt_ids(tokenizer, example.prompt)) for example in examples]
     seed = derived_seed(config.seed, stream)
-    for number in missing:
-        prompts = [(e.id, prompt_ids(tokenizer, e.prompt)) for e in shards[number]]
-        answers = sampler.sample(prompts, n, seed, meter.add)
-        rows = zip(prompts, answers, strict=True)
-        write_samples(paths[number], [Samples(id, ids, drawn) for (id, ids), drawn in rows])
+    plan = Plan(prompts, n, seed, config.model.max_length, shard_size, max_failed_share)
+
+    def sampler(left: int) -> Sampler:
+        if decoding.engine == "data":
+            return _GivenAnswers(inputs["data"] / "responses.jsonl", tokenizer, plan.max_length)
+        fitting = [len(ids) for _, ids in prompts if len(ids) < plan.max_length]
+        return build_sampler(
+            config.model,
+            decoding,
+            model_source(config, inputs),
+            adapter,
+            tokenizer,
+            longest_prompt=max(fitting),
+            seed=derived_seed(seed, "engine", str(left)),  # a resume draws other numbers
+            scratch=scratch,
+        )
+
+    return write_answers(plan, folder, scratch, sampler)
+
+
+def note_engine(work: Work, facts: dict[str, Any]) -> None:
+    """The engine's facts into the manifest, with the memory that it or this process needed."""
+    work.note("peak_gib", facts.pop("peak_gib", round(peak_gib(), 3)))
+    work.note("engine", facts)
 
 
 def _count_answers(work: Work) -> None:
     """Counts and notes of the finished shards."""
     answers = tokens = 0
     for row in read_samples(work.path):
-        if not row.responses:
-            work.count("prompt leaves no room for an answer")
+        if row.failure is not None:
+            work.count(row.failure if row.failure in FINAL else "prompts that the engine failed")
         cut = sum(response.finish_reason != "stop" for response in row.responses)
         if cut:
             work.count("answers cut at their length limit", cut)
@@ -92,29 +112,33 @@ def _count_answers(work: Work) -> None:
     work.note("tokens", tokens)
 
 
-def _holds(path: Path, examples: list[Example]) -> bool:
-    """Whether a shard is there and has these prompts; shards of another size are made anew."""
-    if not path.exists():
-        return False
-    return read_table(path).column("id").to_pylist() == [example.id for example in examples]
+class _GivenAnswers:
+    """The engine `data`: answers that came with the data set, the first n of each prompt.
 
+    Their ids are those of their texts, each closed by the end token. One that does not fit into
+    max_length counts as cut.
+    """
 
-class _Meter:
-    """Progress with tokens per second, of this process's own work."""
+    resumes_at: Literal["prompt", "shard"] = "prompt"
 
-    def __init__(self, done: int, total: int) -> None:
-        self._done, self._total = done, total
-        self._answers = self._tokens = 0
-        self._start = time.perf_counter()
-        progress(done, total, "answers")
+    def __init__(self, path: Path, tokenizer: Any, max_length: int) -> None:
+        self.facts = {"engine": "data"}
+        self._given = {row["id"]: row["responses"] for _, row in read_jsonl(path)}
+        self._tokenizer, self._max_length = tokenizer, max_length
 
-    def add(self, answers: int, tokens: int) -> None:
-        self._answers += answers
-        self._tokens += tokens
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        progress(
-            min(self._done + self._answers, self._total),
-            self._total,
-            "answers",
-            tokens_per_second=round(self._tokens / seconds),
-        )
+    def stream(self, shards: Iterable[list[Prompt]], n: int, seed: int) -> Iterator[Answered]:
+        """As `Sampler.stream`."""
+        for prompt in chain.from_iterable(shards):
+            texts = self._given.get(prompt[0], [])[:n]
+            responses = [self._response(text, len(prompt[1])) for text in texts]
+            yield Answered(
+                prompt, responses, None if texts else "the data set has no answers to it"
+            )
+
+    def close(self) -> None:
+        """Nothing is held that does not go with the object."""
+
+    def _response(self, text: str, prompt_length: int) -> Response:
+        ids = response_ids(self._tokenizer, text)
+        fits = prompt_length + len(ids) <= self._max_length
+        return Response(text, ids, "stop" if fits else "length")

@@ -10,6 +10,7 @@ from data_helpers import files_of, tiny_llama, tokenizer, work
 from transformers import MistralConfig, MistralForCausalLM
 
 from scmini.config import Config
+from scmini.models import engines
 from scmini.models.sampler import Prompt, TransformersSampler, _Rows
 from scmini.records import Example, read_generations, read_samples, write_examples
 from scmini.sections import DecodingConfig
@@ -156,10 +157,7 @@ def test_tokens_come_with_their_probabilities(temperature: float, top_p: float) 
 
 
 def test_limits_and_prompts_that_are_too_long() -> None:
-    told: list[tuple[int, int]] = []
-    drawn = sampler(max_length=11, temperature=1).sample(
-        PROMPTS, 2, 0, lambda a, t: told.append((a, t))
-    )
+    drawn = sampler(max_length=11, temperature=1).sample(PROMPTS, 2, 0)
     for (_, ids), responses in zip(PROMPTS, drawn, strict=True):
         if len(ids) >= 11:
             assert responses == []
@@ -168,8 +166,6 @@ def test_limits_and_prompts_that_are_too_long() -> None:
             assert (
                 len(response.token_ids) == 11 - len(ids) if cut else response.token_ids[-1] == EOS
             )
-    assert sum(a for a, _ in told) == 2 * sum(len(ids) < 11 for _, ids in PROMPTS)
-    assert sum(t for _, t in told) == sum(len(r.token_ids) for rs in drawn for r in rs)
 
 
 def test_every_end_token_of_the_generation_config_ends() -> None:
@@ -204,7 +200,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     for side in ("train", "test"):
         write_examples(tmp_path / "data" / f"{side}.jsonl", examples)
     for module, name, value in [
-        (sample, "load_for_generation", lambda *_: leaning_to_the_end(4.0)),
+        (engines, "load_for_generation", lambda *_: leaning_to_the_end(4.0)),
         (sample, "load_tokenizer", lambda *_: TOKENIZER),
     ]:
         monkeypatch.setattr(module, name, value)
@@ -216,10 +212,14 @@ def config(**more: Any) -> Config:
     return Config.model_validate({"sample": settings, "model": {"max_length": 60}} | more)
 
 
+def shards_of(folder: Path) -> dict[str, Any]:
+    return {name: data for name, data in files_of(folder).items() if name.startswith("part-")}
+
+
 def test_sample_stage_resumes_to_the_same_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
     whole, torn = work(tmp_path / "whole"), work(tmp_path / "torn")
     sample.run(config(), folders, whole)
-    assert sorted(files_of(whole.path)) == [f"part-{i:05d}.parquet" for i in range(3)]
+    assert sorted(shards_of(whole.path)) == [f"part-{i:05d}.parquet" for i in range(3)]
     rows = list(read_samples(whole.path))
     assert [row.id for row in rows] == [str(i) for i in range(1, 10)]
     empty = sum(not row.responses for row in rows)
@@ -230,21 +230,39 @@ def test_sample_stage_resumes_to_the_same_bytes(folders: dict[str, Path], tmp_pa
     (torn.path / "part-00001.parquet").unlink()
     again = work(torn.path)
     sample.run(config(), folders, again)
-    assert files_of(torn.path) == files_of(whole.path)
+    assert shards_of(torn.path) == shards_of(whole.path)
     assert (torn.path / "part-00000.parquet").stat().st_mtime_ns == first
     assert (again.counts, again.notes["tokens"]) == (whole.counts, whole.notes["tokens"])
 
 
-def test_sample_stage_remakes_shards_of_another_size(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_begun_folder_keeps_its_shard_size(folders: dict[str, Path], tmp_path: Path) -> None:
     sizes = {"n": 3, "max_new_tokens": 8, "batch_size": 6}
     made = work(tmp_path / "made")
     sample.run(config(sample=sizes | {"shard_size": 2}), folders, made)
+    before = shards_of(made.path)
+    (made.path / "part-00001.parquet").unlink()
     sample.run(config(), folders, made)
-    fresh = work(tmp_path / "fresh")
-    sample.run(config(), folders, fresh)
-    assert files_of(made.path) == files_of(fresh.path)
+    assert shards_of(made.path) == before
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = sampler(batch_size=16)
+    expected = small.sample(PROMPTS, 4, 3)
+    original, sizes = small._decode, []
+
+    def card(prompts: list[Prompt], first: int, count: int, seed: int) -> Any:
+        sizes.append(len(prompts) * count)
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("no room")
+        return original(prompts, first, count, seed)
+
+    monkeypatch.setattr(small, "_decode", card)
+    assert small.sample(PROMPTS, 4, 3) == expected
+    assert sizes[:4] == [16, 8, 4, 2]
+    assert max(sizes[3:]) == 2
+    monkeypatch.setattr(small, "_decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        small.sample(PROMPTS, 4, 3)
 
 
 def test_generate_stage(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,6 @@
+"""Puts the helpers of the unit tests on the path."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
