@@ -13,18 +13,16 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scmini import __version__, pipeline, verify
+from scmini import __version__, export, pipeline, verify
 from scmini.config import Config
 from scmini.config_file import config_to_yaml, load_config
-from scmini.console import duration, mute, say, size, table, to_stderr
+from scmini.console import duration, mute, say, size, table, to_stderr, warn
 from scmini.errors import EnvironmentProblem, Interrupted, ScminiError, UsageError
 from scmini.stage_graph import STAGES, Task
-
-COMMANDS = ("run", "status", "verify", "config")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,28 +33,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _with_hint(message: str) -> str:
-    choice = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
+    choice = re.match(r"argument (\S+): invalid choice: '([^']*)'", message)
     if choice:
-        near = difflib.get_close_matches(choice[1], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"commands are: {', '.join(COMMANDS)}"
-        return f"no command {choice[1]!r}; {hint}"
+        name, word = choice.groups()
+        choices = _choices(build_parser(), name)
+        near = difflib.get_close_matches(word, choices, n=1)
+        if name.startswith("-"):
+            return f"{message}; did you mean {near[0]}?" if near else message
+        what = name.lower()
+        hint = f"did you mean {near[0]}?" if near else f"{what}s are: {', '.join(choices)}"
+        return f"no {what} {word!r}; {hint}"
     unknown = re.match(r"unrecognized arguments: (\S+)", message)
     if unknown:
         word = unknown[1].partition("=")[0]
-        near = difflib.get_close_matches(word, _flags(build_parser()), n=1)
+        flags = {flag for action in _actions(build_parser()) for flag in action.option_strings}
+        near = difflib.get_close_matches(word, [f for f in flags if f.startswith("--")], n=1)
         return f"{message}; did you mean {near[0]}?" if near else message
     return message
 
 
-def _flags(parser: argparse.ArgumentParser) -> set[str]:
-    """Every long option of a parser and of its commands."""
-    found: set[str] = set()
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Every option and argument of a parser and of its commands."""
     for action in parser._actions:
-        found |= {flag for flag in action.option_strings if flag.startswith("--")}
+        yield action
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
-                found |= _flags(inner)
-    return found
+                yield from _actions(inner)
+
+
+def _choices(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    """What may stand for an argument, named as argparse names it in messages."""
+    for action in _actions(parser):
+        if action.choices and name in ("/".join(action.option_strings), action.metavar):
+            return list(action.choices)
+    return []
 
 
 def build_parser() -> _Parser:
@@ -92,6 +102,7 @@ def build_parser() -> _Parser:
     _add_output(status)
     status.add_argument("--json", action="store_true", help="one JSON document on stdout")
     _add_verify(commands)
+    _add_export(commands)
     config = commands.add_parser(
         "config",
         help="print the resolved configuration, ready to save",
@@ -122,6 +133,44 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write what a run made as files for other programs",
+        description="Write what a run made as files for other programs.",
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    pairs = kinds.add_parser(
+        "pairs",
+        help="chosen and rejected answers, for TRL, LLaMA-Factory or the original project",
+        description="Write the pairs on which methods are trained. --layout flattened: a row for "
+        "each rejected answer; grouped: a row for each prompt, with all its rejected answers (the "
+        "original project's trainer reads only the first of them, LLaMA-Factory none).",
+        allow_abbrev=False,
+    )
+    pairs.add_argument("--format", choices=tuple(export.FORMATS), required=True)
+    pairs.add_argument(
+        "--layout", choices=export.LAYOUTS, default="flattened", help="default: flattened"
+    )
+    pairs.add_argument(
+        "--method",
+        dest="methods",
+        action="append",
+        default=[],
+        metavar="M",
+        help="a method of the run; may be repeated (default: every method that has pairs)",
+    )
+    _add_output(pairs, default="runs/demo")
+    pairs.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="where to write (default: RUN/export/FORMAT)"
+    )
+    pairs.add_argument(
+        "--force", action="store_true", help="write even if other files are in the folder"
+    )
+    pairs.set_defaults(export=_export_pairs)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c",
@@ -139,13 +188,15 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(
+    parser: argparse.ArgumentParser, default: str = "runs/<name of the configuration>"
+) -> None:
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="RUN",
-        help="run folder (default: runs/<name of the configuration>)",
+        help=f"run folder (default: {default})",
     )
 
 
@@ -153,7 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do one command; returns the exit code."""
     try:
         arguments = build_parser().parse_args(argv)
-        actions = {"run": _run, "status": _status, "verify": _verify, "config": _config}
+        actions = {
+            **{"run": _run, "status": _status, "verify": _verify, "config": _config},
+            "export": lambda arguments: arguments.export(arguments),
+        }
         actions[arguments.command](arguments)
         return 0
     except ScminiError as error:
@@ -228,6 +282,23 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _config(arguments: argparse.Namespace) -> None:
     _print(config_to_yaml(_load(arguments, None)).rstrip("\n"))
+
+
+def _export_pairs(arguments: argparse.Namespace) -> None:
+    done = export.export_pairs(
+        arguments.output or Path("runs") / "demo",
+        arguments.format,
+        layout=arguments.layout,
+        methods=arguments.methods,
+        to=arguments.to,
+        force=arguments.force,
+    )
+    for file in done.files:
+        for reason, count in sorted(file.left_out.items()):
+            total = file.prompts + sum(file.left_out.values())
+            warn(f"{file.method}: {count} of {total} prompts left out: {reason}")
+    rows = [[f.method, str(f.prompts), str(f.rows), str(f.path)] for f in done.files]
+    _print(f"{table(['method', 'prompts', 'rows', 'file'], rows)}\nto load: {done.how_to_load}")
 
 
 def _load(arguments: argparse.Namespace, output: Path | None) -> Config:

@@ -124,7 +124,8 @@ class _Line:
         return fresh or done >= total
 
     def text(self, now: float) -> str:
-        parts = [f"{self.done}/{self.total}{' ' + self.unit if self.unit else ''}"]
+        share = f" ({100 * self.done // self.total} %)" if self.total else ""
+        parts = [f"{self.done}/{self.total}{' ' + self.unit if self.unit else ''}{share}"]
         seconds, finished = now - self.started, self.done - self.first_done
         if finished > 0 and seconds > 0:
             rate = finished / seconds

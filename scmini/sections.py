@@ -112,7 +112,7 @@ class DataConfig(Section):
     """`zoo`: the embedded demo; `jsonl`: rows of data/train.jsonl; `hh-rlhf`: raw transcripts;
     `self-contrast`: response or pair files of the original project."""
     path: str | list[str] | None = None
-    """One or more files (.jsonl, .jsonl.gz); none for `zoo`."""
+    """Files (.jsonl, .jsonl.gz), for `self-contrast` also folders of them; none for `zoo`."""
     num_pretraining: int = Field(24000, ge=0)
     """Most dialogues that the stage `base` reads."""
     num_train: int | None = Field(None, ge=1)
@@ -289,11 +289,11 @@ class EmbedConfig(Section):
     max_length: int = Field(512, ge=8)
     """Tokens an encoder reads of a text; what is cut off is counted."""
     long_texts: Literal["truncate", "mean"] = "truncate"
-    """`mean`: a longer text is read in pieces of max_length, whose vectors are averaged."""
+    """`mean`: a longer text is read in pieces, whose vectors are averaged by their tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the encoder's weights; `auto`: 16 bits on a GPU, float32 on the CPU."""
     tokens_per_batch: int = machine(16384, ge=1)
-    """Tokens encoded at once, padding included."""
+    """Tokens encoded at once, padding included (on a CPU at most 2,048: more is slower)."""
 
     @model_validator(mode="after")
     def _fits_encoder(self) -> "EmbedConfig":

@@ -9,6 +9,8 @@ that.
 
 import difflib
 import hashlib
+import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from scmini.config import Config, is_trained_by_dpo, num_negatives
-from scmini.errors import DataError, UsageError
-from scmini.sections import Section, recipe_section
+from scmini.data.readers import data_files
+from scmini.errors import DataError, EnvironmentProblem, UsageError
+from scmini.sections import DecodingConfig, Section, recipe_section
 from scmini.store import Finished, Recipe, digest_of, sha256_of
 
 MIB = 1 << 20
@@ -139,6 +142,8 @@ def inputs(config: Config, task: Task) -> dict[str, Input]:
         source = _producer(key, task)
         if source in existing:
             named = tuple(pattern.replace("{method}", task.method or "") for pattern in patterns)
+            if (task.stage, key) == ("sample", "data") and takes_answers(config):
+                named += ("responses.jsonl",)
             found[key] = Input(source, named if _is_read(config, task, key) else ())
     return found
 
@@ -161,6 +166,11 @@ def _is_read(config: Config, task: Task, key: str) -> bool:
 def trains_reward_model(config: Config) -> bool:
     """Whether the stage `base` also trains the reward model."""
     return config.grader == "model" and config.reward.model_name_or_path is None
+
+
+def takes_answers(config: Config) -> bool:
+    """Whether the answers to the training prompts come with the data."""
+    return config.sample.engine == "data"
 
 
 def _report_inputs(config: Config, existing: list[Task]) -> dict[str, Input]:
@@ -215,6 +225,8 @@ def _settings(config: Config, task: Task) -> dict[str, Any]:
         found["seed"] = config.seed
     if task.stage == "data":
         found["for_base"] = needs_base(config)
+        if takes_answers(config):
+            found["for_sample"] = True  # else not there: recipes of other runs stay as they were
     if task.stage == "base":
         found["model"] = {"max_length": config.model.max_length}  # all it reads of this section
         found["reward_model"] = trains_reward_model(config)
@@ -229,10 +241,9 @@ def _settings(config: Config, task: Task) -> dict[str, Any]:
 
 def _sources(config: Config, task: Task) -> dict[str, str]:
     found: dict[str, str] = {}
-    if task.stage == "data" and config.data.path is not None:
-        paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
-        for path in paths:
-            found[f"data.path {path}"] = _file(Path(path))
+    if task.stage == "data":
+        for path in data_files(config.data):
+            found[f"data.path {path}"] = _file(path)
     for key, (name, revision) in _models(config, task).items():
         found[key] = _model(name, revision)
     return found
@@ -261,15 +272,29 @@ def _model(name: str, revision: str | None = None) -> str:
 
 
 def check_sources(config: Config) -> None:
-    """Look for every local file and folder that the configuration names, before anything runs.
+    """Look for all that the configuration names on this machine, before anything runs.
 
     Raises:
-        DataError: one is missing; names the key.
+        DataError: a file or folder is missing; names the key.
+        EnvironmentProblem: vLLM is named as engine and is not there.
     """
+    for stage in {task.stage for task in tasks(config)} & {"sample", "generate"}:
+        _check_engine(stage, getattr(config, stage))
     for task in tasks(config):
         for key, (name, _) in _models(config, task).items():
             if name.startswith((".", "/", "~")) and not Path(name).is_dir():
                 raise DataError(f"{key}: the folder {name} does not exist")
+
+
+def _check_engine(stage: str, decoding: DecodingConfig) -> None:
+    if decoding.python is not None and not os.access(decoding.python, os.X_OK):
+        raise EnvironmentProblem(f"{stage}.python: {decoding.python} is no program")
+    here = decoding.engine == "vllm" and decoding.python is None
+    if here and importlib.util.find_spec("vllm") is None:
+        raise EnvironmentProblem(
+            f"{stage}.engine: vllm needs vLLM: pip install 'scmini[vllm]', or name the interpreter "
+            f"of an environment that has it in {stage}.python (docs/sampling.md)"
+        )
 
 
 def _models(config: Config, task: Task) -> dict[str, tuple[str, str | None]]:

@@ -151,7 +151,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _memory_remedy(config: Config, task: Task) -> str:
     for name in reversed(sections(task)):
         section = getattr(config, name)
-        for knob in ("tokens_per_microbatch", "batch_size"):
+        for knob in ("tokens_per_microbatch", "tokens_per_batch", "batch_size"):
             if hasattr(section, knob):
                 return f"lower {name}.{knob} (now {getattr(section, knob)}): results stay the same"
     return "close other programs or use a machine with more memory"

@@ -4,13 +4,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from scmini.data.readers import Drop, read_rows, row_id, text_field
+from scmini.data.readers import (
+    Drop,
+    claim_id,
+    message,
+    read_rows,
+    row_id,
+    text_field,
+    usable,
+)
 from scmini.errors import RecordError
-from scmini.records import ROLES, Example, Message
-
-EMPTY_PROMPT = "empty prompt"
-EMPTY_TARGET = "empty target"
-USELESS_REJECTED = "rejected answers that are empty or equal the target"
+from scmini.records import Example, Message
 
 
 def read_examples_jsonl(paths: Iterable[Path], drop: Drop) -> Iterator[Example]:
@@ -26,17 +30,10 @@ def read_examples_jsonl(paths: Iterable[Path], drop: Drop) -> Iterator[Example]:
     for path in paths:
         for number, row in read_rows(path):
             example = _example(path, number, row)
-            if example.id in seen:
-                raise RecordError(
-                    path, number, f"id {example.id!r} was already used in {seen[example.id]}"
-                )
-            seen[example.id] = f"{path}, line {number}"
-            if not example.prompt[-1]["content"].strip():
-                drop(EMPTY_PROMPT)
-            elif not example.target.strip():
-                drop(EMPTY_TARGET)
-            else:
-                yield _with_useful_rejected(example, drop)
+            claim_id(seen, path, number, example.id)
+            found = usable(example, drop)
+            if found is not None:
+                yield found
 
 
 def _example(path: Path, number: int, row: dict[str, Any]) -> Example:
@@ -57,26 +54,7 @@ def _prompt(path: Path, number: int, prompt: Any) -> list[Message]:
         raise RecordError(
             path, number, f"field 'prompt': expected text or a list of messages, got {prompt!r:.80}"
         )
-    for message in prompt:
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in ROLES
-            or not isinstance(message.get("content"), str)
-        ):
-            raise RecordError(
-                path,
-                number,
-                f"field 'prompt': expected {{'role': one of {', '.join(ROLES)}, 'content': text}}, "
-                f"got {message!r:.80}",
-            )
-    if prompt[-1]["role"] != "user":
+    messages = [message(path, number, "prompt", value) for value in prompt]
+    if messages[-1]["role"] != "user":
         raise RecordError(path, number, "field 'prompt': the last message must be the user's")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
-
-
-def _with_useful_rejected(example: Example, drop: Drop) -> Example:
-    target = example.target.strip()
-    useful = [text for text in example.rejected if text.strip() and text.strip() != target]
-    for _ in range(len(example.rejected) - len(useful)):
-        drop(USELESS_REJECTED)
-    return Example(example.id, example.prompt, example.target, useful)
+    return messages

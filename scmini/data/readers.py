@@ -1,17 +1,75 @@
-"""Rows of .jsonl and .jsonl.gz files from outside, each checked to be a JSON object in UTF-8."""
+"""Rows of .jsonl and .jsonl.gz files from outside, each checked to be a JSON object in UTF-8.
+
+And what all formats have in common: which files are read, and what an example must have.
+"""
 
 import gzip
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from scmini.errors import DataError, RecordError
-from scmini.records import parse_row
+from scmini.records import ROLES, Example, Message, parse_row
+from scmini.sections import DataConfig
 
 Drop: TypeAlias = Callable[[str], None]
 """Told the reason for which a row is left out."""
+
+EMPTY_PROMPT = "empty prompt"
+EMPTY_TARGET = "empty target"
+USELESS_REJECTED = "rejected answers that are empty or equal the target"
+
+_ROWS = (".jsonl", ".jsonl.gz")
+_DUMP = "[print(json.dumps(row, default=lambda a: a.tolist())) for row in rows]"
+_PICKLES = {
+    ".pkl": "import json, pickle, sys; rows = pickle.load(open(sys.argv[1], 'rb')); " + _DUMP,
+    ".npy": "import json, numpy, sys; "
+    "rows = numpy.load(sys.argv[1], allow_pickle=True).tolist(); " + _DUMP,
+}
+"""Kinds of files that run code when they are read, and a program that turns one into JSON lines."""
+
+
+def data_files(data: DataConfig) -> list[Path]:
+    """The files that `data.path` names; none for the demo.
+
+    A folder stands for the .jsonl and .jsonl.gz files in it, by name (`self-contrast` only).
+
+    Raises:
+        DataError: a folder without such files, or a pickle.
+    """
+    named = [data.path] if isinstance(data.path, str) else data.path or []
+    if data.format != "self-contrast":
+        return [Path(path) for path in named]
+    found = [file for path in named for file in _files_in(Path(path))]
+    for path in found:
+        if path.suffix.lower() in (".pickle", *_PICKLES):
+            raise DataError(_refusal(path))
+    return found
+
+
+def _files_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(inner for inner in path.iterdir() if inner.is_file())
+    found = [file for file in files if file.name.endswith(_ROWS) and file.name[0] != "."]
+    if not found and (pickles := [file for file in files if file.suffix in _PICKLES]):
+        return pickles
+    if not found:
+        raise DataError(f"data.path: the folder {path} holds no .jsonl file; name one that does")
+    return found
+
+
+def _refusal(path: Path) -> str:
+    program = _PICKLES[".npy" if path.suffix.lower() == ".npy" else ".pkl"]
+    return (
+        f"data.path: {path}: reading a pickle runs whatever code is in it, so scmini does not. If "
+        "you trust the file, turn it into JSON lines yourself and name these instead:\n"
+        f'python -c "{program}" {shlex.quote(str(path))} > '
+        f"{shlex.quote(str(path.with_suffix('.jsonl')))}"
+    )
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -40,6 +98,48 @@ def text_field(path: Path, number: int, row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
         raise RecordError(path, number, f"field {key!r}: expected text, got {row[key]!r:.80}")
     return str(row[key])
+
+
+def message(path: Path, number: int, key: str, value: Any) -> Message:
+    """One message of the list in field `key`; `RecordError` where it is none."""
+    if (
+        not isinstance(value, dict)
+        or value.get("role") not in ROLES
+        or not isinstance(value.get("content"), str)
+    ):
+        raise RecordError(
+            path,
+            number,
+            f"field {key!r}: expected {{'role': one of {', '.join(ROLES)}, 'content': text}}, "
+            f"got {value!r:.80}",
+        )
+    return {"role": value["role"], "content": value["content"]}
+
+
+def usable(example: Example, drop: Drop) -> Example | None:
+    """The example with those of its rejected answers that one can learn from.
+
+    None, `drop` being told the reason, if prompt or target are blank. Rejected answers that are
+    blank or equal the target are left out one by one.
+    """
+    if not example.prompt or not example.prompt[-1]["content"].strip():
+        drop(EMPTY_PROMPT)
+        return None
+    target = example.target.strip()
+    if not target:
+        drop(EMPTY_TARGET)
+        return None
+    useful = [text for text in example.rejected if text.strip() and text.strip() != target]
+    for _ in range(len(example.rejected) - len(useful)):
+        drop(USELESS_REJECTED)
+    return Example(example.id, example.prompt, example.target, useful)
+
+
+def claim_id(seen: dict[str, str], path: Path, number: int, id: str) -> None:
+    """Put down where an id is used; `RecordError` if it was used before."""
+    if id in seen:
+        raise RecordError(path, number, f"id {id!r} was already used in {seen[id]}")
+    seen[id] = f"{path}, line {number}"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

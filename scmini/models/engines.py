@@ -62,6 +62,8 @@ def build_sampler(
             if decoding.engine == "vllm":
                 raise
             warn(f"{error}. Going on with transformers, which is slower")
+    elif decoding.engine == "auto" and torch.cuda.is_available():
+        warn("no vLLM here: drawing answers with transformers, which is many times slower")
     policy = load_for_generation(model, source, adapter)
     return TransformersSampler(policy, tokenizer, decoding, model.max_length)
 

@@ -1,10 +1,12 @@
 """Stage `data`: prompts and targets to train on, and held-out ones on which methods are judged.
 
 Where the stage `base` trains the model itself, it also writes what that reads: dialogues
-(corpus.jsonl) and preferences (preferences.jsonl), of the training side only.
+(corpus.jsonl) and preferences (preferences.jsonl), of the training side only. Where the stage
+`sample` takes the answers that came with the data, they are written to responses.jsonl.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from scmini.config import Config
 from scmini.data import zoo
 from scmini.data.hh_rlhf import read_hh_rlhf
 from scmini.data.jsonl import read_examples_jsonl
+from scmini.data.readers import data_files
+from scmini.data.self_contrast import AnswerFile, read_self_contrast
 from scmini.data.split import prompt_digest, split, within_limits
 from scmini.errors import DataError
 from scmini.records import Example, Message, write_examples, write_jsonl
@@ -27,18 +31,32 @@ ZOO_NUM_TRAIN = 3072
 """Training prompts of the demo where data.num_train is empty."""
 
 
+WITHOUT_ANSWERS = "training prompts without an answer in the data"
+
+
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Write train.jsonl and test.jsonl, and corpus.jsonl and preferences.jsonl where they are read.
+    """Write train.jsonl and test.jsonl, and what else is read of these:
+
+    corpus.jsonl, preferences.jsonl: for the stage `base`.
+    responses.jsonl: {"id", "responses": [text, ...]} for each row of train.jsonl, in its order.
 
     Raises:
-        DataError: a file is missing or damaged, or too few rows remain.
+        DataError: a file is missing or damaged, too few rows remain, or no training prompt has an
+            answer where answers are wanted.
         RecordError: a row is malformed; names file and line.
     """
-    sides = _zoo(config) if config.data.format == "zoo" else _from_files(config.data, work)
-    train, test, dialogues = sides
-    chosen = train[: config.data.num_train]
-    write_examples(work.path / "train.jsonl", chosen)
-    write_examples(work.path / "test.jsonl", test)
+    with ExitStack() as stack:
+        answers = None
+        if config.sample.engine == "data":
+            answers = stack.enter_context(AnswerFile(work.path))
+        zoo_data = config.data.format == "zoo"
+        sides = _zoo(config) if zoo_data else _from_files(config.data, work, answers)
+        train, test, dialogues = sides
+        chosen = train[: config.data.num_train]
+        write_examples(work.path / "train.jsonl", chosen)
+        write_examples(work.path / "test.jsonl", test)
+        if answers is not None:
+            _write_responses(chosen, answers, work)
     if config.model.model_name_or_path is None:
         corpus = islice(dialogues, config.data.num_pretraining)
         if not write_jsonl(work.path / "corpus.jsonl", ({"messages": d} for d in corpus)):
@@ -68,18 +86,50 @@ def _examples(rows: list[dict[str, Any]]) -> list[Example]:
     return [Example(**row) for row in rows]
 
 
-def _from_files(data: DataConfig, work: Work) -> Sides:
-    named = [data.path] if isinstance(data.path, str) else data.path or []
-    paths = [Path(path) for path in named]
-    reader = read_hh_rlhf if data.format == "hh-rlhf" else read_examples_jsonl
+def _from_files(data: DataConfig, work: Work, answers: AnswerFile | None) -> Sides:
     usable = within_limits(
-        _with_distinct_ids(reader(paths, work.count)),
+        _with_distinct_ids(_read(data, work, answers)),
         data.max_prompt_chars,
         data.max_target_chars,
         work.count,
     )
     train, test = split(usable, data.num_test, work.count)
     return train, test, _dialogues(train)
+
+
+def _read(data: DataConfig, work: Work, answers: AnswerFile | None) -> Iterable[Example]:
+    paths = data_files(data)
+    if data.format == "self-contrast":
+        return read_self_contrast(paths, work.count, answers.add if answers else _not_wanted)
+    reader = read_hh_rlhf if data.format == "hh-rlhf" else read_examples_jsonl
+    return reader(paths, work.count)
+
+
+def _not_wanted(_id: str, _answers: list[str]) -> None:
+    """The answers are sampled by the model."""
+
+
+def _write_responses(train: list[Example], answers: AnswerFile, work: Work) -> None:
+    without = total = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal without, total
+        for example in train:
+            found = answers.of(example.id)
+            without += not found
+            total += len(found)
+            yield {"id": example.id, "responses": found}
+
+    write_jsonl(work.path / "responses.jsonl", rows())
+    if not total:
+        raise DataError(
+            "sample.engine: data takes the answers that came with the data, but the files of "
+            "data.path hold none for a training prompt (rows with a field 'outputs'); name the "
+            "original project's responses/*.jsonl, or choose another sample.engine"
+        )
+    if without:
+        work.count(WITHOUT_ANSWERS, without)
+    work.note("answers", total)
 
 
 def _with_distinct_ids(examples: Iterable[Example]) -> Iterator[Example]:

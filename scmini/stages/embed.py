@@ -1,89 +1,236 @@
-"""Stage `embed`: unit vectors of the targets and of all sampled answers, one shard in memory."""
+"""Stage `embed`: unit vectors of the targets and of all sampled answers, one shard in memory.
+
+Beside the vectors of a shard, part-*.npy, lies part-*.ids.json: for each of its prompts in order
+{"id", "rows": vectors it has, "empty": those that are zero, "long": texts longer than the encoder
+reads at once}.
+"""
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scmini.config import Config
 from scmini.console import progress
 from scmini.errors import DataError
 from scmini.models.encoders import Encoder, build_encoder
-from scmini.records import read_examples, read_table
+from scmini.models.hashed_ngrams import Vectors
+from scmini.records import read_examples, read_samples_shard
 from scmini.store import Work, write_atomic
 from scmini.training.checkpoints import peak_gib
 
-Texts = dict[str, list[str]]
-"""By prompt id: the target, then the answers in order."""
+Prompts = list[tuple[str, list[str]]]
+"""Id, and the target followed by the answers in order."""
+_COUNTS = ("empty", "long")
+_LONG = {
+    "truncate": "texts cut at embed.max_length",
+    "mean": "texts read in pieces of embed.max_length",
+}
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Write part-*.npy (float16; per prompt its target, then its answers) with part-*.ids.json."""
-    targets = {e.id: e.target for e in read_examples(inputs["data"] / "train.jsonl")}
+    """Write part-*.npy (float16; per prompt its target, then its answers) with part-*.ids.json.
+
+    A finished shard is not read again: what there is to count of it is in its .ids.json.
+
+    Raises:
+        DataError: a shard of answers is damaged or does not fit data/train.jsonl, or the encoder
+            gives numbers that are not finite; what is finished stays.
+    """
     shards = sorted(inputs["sample"].glob("part-*.parquet"))
-    encoder = build_encoder(config.embed)
-    encoder.fit(_distinct_per_prompt(shard, targets) for shard in shards)
-    for done, shard in enumerate(shards):
-        progress(done, len(shards), "shards")
-        texts = _texts(shard, targets)
-        everything = [text for group in texts.values() for text in group]
-        if empty := sum(not text.strip() for text in everything):
-            work.count("empty texts (zero vector)", empty)
-        if cut := encoder.count_truncated(everything):
-            work.count("texts cut at embed.max_length", cut)
-        out = work.path / f"{shard.stem}.npy"
-        if not out.exists():
-            _write(out, texts, encoder)
-    progress(len(shards), len(shards), "shards")
-    work.note("dimensions", encoder.dimensions)
+    if not shards:
+        raise DataError(f"{inputs['sample']}: there is no part-*.parquet")
+    outputs = {shard: work.path / f"{shard.stem}.npy" for shard in shards}
+    listed = {shard: _finished(output) for shard, output in outputs.items()}
+    missing = [shard for shard, groups in listed.items() if groups is None]
+    if missing:
+        targets = {e.id: e.target for e in read_examples(inputs["data"] / "train.jsonl")}
+        finished = sum(group["rows"] for groups in listed.values() for group in groups or [])
+        meter = _Meter(finished, sum(map(_count_texts, missing)))
+        encoder = build_encoder(config.embed)
+        encoder.fit(_distinct_per_prompt(shards, targets), work.path / "scratch" / "rarity.npy")
+        for shard in missing:
+            prompts = _prompts(shard, targets)
+            meter.begin(prompts)
+            listed[shard] = _embed(shard, prompts, encoder, outputs[shard], meter.show)
+    groups = [group for shard in shards for group in listed[shard] or []]
+    _report(groups, config, work)
+    work.note("dimensions", int(read_vectors_shard(outputs[shards[0]])[1].shape[1]))
     work.note("peak_gib", round(peak_gib(), 3))
 
 
-def _texts(shard: Path, targets: dict[str, str]) -> Texts:
-    found: Texts = {}
-    rows: list[dict[str, Any]] = read_table(shard).select(["id", "responses"]).to_pylist()
-    for row in rows:
-        if row["id"] not in targets:
-            raise DataError(f"{shard}: prompt {row['id']!r} is not in data/train.jsonl")
-        found[row["id"]] = [targets[row["id"]], *(r["text"] for r in row["responses"])]
-    return found
-
-
-def _distinct_per_prompt(shard: Path, targets: dict[str, str]) -> list[str]:
-    """An answer that is given often to one prompt does not make its words common ones."""
-    return [text for group in _texts(shard, targets).values() for text in dict.fromkeys(group)]
-
-
-def _write(out: Path, texts: Texts, encoder: Encoder) -> None:
-    """Encode each distinct text once; where the vectors, written last, are, all is there."""
-    distinct = dict.fromkeys(text for group in texts.values() for text in group)
-    place = {text: number for number, text in enumerate(distinct)}
-    vectors = encoder.encode(list(distinct)).astype(np.float16)
-    rows = [place[text] for group in texts.values() for text in group]
-    ids = [{"id": id, "rows": len(group)} for id, group in texts.items()]
-    lines = json.dumps(ids, ensure_ascii=False) + "\n"
-    write_atomic(out.with_suffix(".ids.json"), lines.encode())
-    buffer = io.BytesIO()
-    np.save(buffer, vectors[rows], allow_pickle=False)
-    write_atomic(out, buffer.getvalue())
-
-
 def read_vectors(folder: Path) -> Iterator[tuple[list[tuple[str, int]], Any]]:
-    """By shard: (id, rows) of its prompts in order, and the vectors [rows, dimensions] float16.
+    """By shard what `read_vectors_shard` gives of it, one shard in memory."""
+    for path in sorted(folder.glob("part-*.npy")):
+        yield read_vectors_shard(path)
+
+
+def read_vectors_shard(path: Path) -> tuple[list[tuple[str, int]], Any]:
+    """(id, rows) of the prompts of one part-*.npy in order, and its vectors.
+
+    Returns:
+        The vectors are [rows, dimensions] float16, read-only, and read from the file when they are
+        used (a memory map).
 
     Raises:
         DataError: a file is damaged, or the two files of a shard do not fit together.
     """
-    for path in sorted(folder.glob("part-*.npy")):
-        try:
-            listed = json.loads(path.with_suffix(".ids.json").read_bytes())
-            groups = [(group["id"], group["rows"]) for group in listed]
-            vectors = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not readable ({error})") from None
-        if sum(rows for _, rows in groups) != len(vectors):
-            raise DataError(f"{path}: {len(vectors)} vectors do not fit its .ids.json")
-        yield groups, vectors
+    beside = path.with_suffix(".ids.json")
+    try:
+        groups = [(group["id"], group["rows"]) for group in _read_listed(beside)]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{beside}: not readable ({error})") from None
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not readable ({error})") from None
+    if vectors.ndim != 2 or vectors.dtype != np.float16:
+        raise DataError(
+            f"{path}: expected rows of float16, found {vectors.dtype} of shape {vectors.shape}"
+        )
+    if sum(rows for _, rows in groups) != len(vectors):
+        raise DataError(f"{path}: {len(vectors)} vectors do not fit {beside.name}")
+    return groups, vectors
+
+
+def _finished(output: Path) -> list[dict[str, Any]] | None:
+    """What lies beside the vectors of a shard, which are written last; None if it must be made."""
+    try:
+        if not output.exists():
+            return None
+        return _read_listed(output.with_suffix(".ids.json"), _COUNTS)
+    except (OSError, ValueError):
+        return None
+
+
+def _read_listed(path: Path, counts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """An .ids.json with id, rows and these counts; `ValueError` says what is wrong with it."""
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, list):
+        raise ValueError("expected a list")
+    for number, group in enumerate(found):
+        if not isinstance(group, dict) or not isinstance(group.get("id"), str):
+            raise ValueError(f"entry {number} has no 'id'")
+        for key in ("rows", *counts):
+            value = group.get(key)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"entry {number}: {key!r} is not a number of rows")
+    return found
+
+
+def _prompts(shard: Path, targets: dict[str, str]) -> Prompts:
+    found: Prompts = []
+    for number, row in enumerate(read_samples_shard(shard), start=1):
+        if row.id not in targets:
+            raise DataError(f"{shard}, row {number}: prompt {row.id!r} is not in data/train.jsonl")
+        found.append((row.id, [targets[row.id], *(answer.text for answer in row.responses)]))
+    return found
+
+
+def _distinct_per_prompt(shards: list[Path], targets: dict[str, str]) -> Iterator[list[str]]:
+    """By shard; an answer that is given often to one prompt does not make its words common ones."""
+    for done, shard in enumerate(shards):
+        progress(done, len(shards), "shards read")
+        yield [text for _, texts in _prompts(shard, targets) for text in dict.fromkeys(texts)]
+    progress(len(shards), len(shards), "shards read")
+
+
+def _embed(
+    shard: Path,
+    prompts: Prompts,
+    encoder: Encoder,
+    output: Path,
+    on_share: Callable[[float], None],
+) -> list[dict[str, Any]]:
+    """Encode each distinct text once and write the two files; returns what is in the .ids.json."""
+    distinct = list(dict.fromkeys(text for _, texts in prompts for text in texts))
+    place = {text: number for number, text in enumerate(distinct)}
+    rows = np.array([place[text] for _, texts in prompts for text in texts], np.int64)
+    vectors, long = encoder.encode(distinct, on_share)
+    _check_finite(shard, prompts, vectors, rows)
+    empty = ~np.asarray(vectors.any(axis=1))
+    listed: list[dict[str, Any]] = []
+    start = 0
+    for id, texts in prompts:
+        own = rows[start : start + len(texts)]
+        counts = {"empty": int(empty[own].sum()), "long": int(long[own].sum())}
+        listed.append({"id": id, "rows": len(texts), **counts})
+        start += len(texts)
+    halves = vectors.astype(np.float16)
+    del vectors
+    buffer = io.BytesIO()
+    np.save(buffer, halves[rows], allow_pickle=False)
+    lines = json.dumps(listed, ensure_ascii=False) + "\n"
+    write_atomic(output.with_suffix(".ids.json"), lines.encode())
+    write_atomic(output, buffer.getvalue())
+    return listed
+
+
+def _check_finite(shard: Path, prompts: Prompts, vectors: Vectors, rows: NDArray[np.int64]) -> None:
+    finite = np.asarray(np.isfinite(vectors).all(axis=1))
+    broken = ~finite[rows]
+    if not broken.any():
+        return
+    row = int(broken.argmax())
+    for id, texts in prompts:
+        if row < len(texts):
+            which = f"response {row - 1}" if row else "the target"
+            raise DataError(
+                f"{shard}: prompt {id!r}, {which}: the encoder gave a vector that is not finite; "
+                "set embed.dtype: float32, or take another embed.encoder"
+            )
+        row -= len(texts)
+
+
+def _count_texts(shard: Path) -> int:
+    """Targets and answers of a shard, from its footer alone."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.read_metadata(shard)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{shard}: not a readable Parquet file ({error})") from None
+    answers = 0
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.startswith("responses.") and "text" in (
+                column.path_in_schema.split(".")
+            ):
+                absent = column.statistics.null_count if column.statistics else 0
+                answers += column.num_values - (absent or 0)  # prompts without answers count there
+    return int(footer.num_rows + answers)
+
+
+class _Meter:
+    """Progress in texts, those of finished shards included."""
+
+    def __init__(self, finished: int, missing: int) -> None:
+        self._before, self._here = finished, 0
+        self._total = finished + missing
+
+    def begin(self, prompts: Prompts) -> None:
+        """The next shard's turn."""
+        self._before += self._here
+        self._here = sum(len(texts) for _, texts in prompts)
+        self.show(0.0)
+
+    def show(self, share: float) -> None:
+        """So much of the shard is done."""
+        done = self._before + int(share * self._here)
+        progress(min(done, self._total), self._total, "texts")
+
+
+def _report(groups: list[dict[str, Any]], config: Config, work: Work) -> None:
+    """Counts and notes of all shards."""
+    texts, empty, long = (sum(group[key] for group in groups) for key in ("rows", "empty", "long"))
+    if empty:
+        work.count("empty texts (zero vector)", empty)
+    if long:
+        work.count(_LONG[config.embed.long_texts], long)
+    work.note("texts", texts)
+    work.note("long_share", round(long / texts, 4) if texts else 0.0)

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from scmini.chat import check_tokenizer, prompt_ids, response_ids
 from scmini.config import Config
+from scmini.errors import DataError
+from scmini.models.answering import FINAL, NONE_GIVEN, Plan, write_answers
 from scmini.models.engines import build_sampler
 from scmini.models.loading import load_tokenizer, model_source
 from scmini.models.sampler import Answered, Prompt, Sampler
 from scmini.records import Example, Response, read_examples, read_jsonl, read_samples
 from scmini.sections import DecodingConfig
 from scmini.seeding import derived_seed
-from scmini.stages.answering import FINAL, Plan, write_answers
 from scmini.store import Work
 from scmini.training.checkpoints import peak_gib
 
@@ -117,23 +118,30 @@ class _GivenAnswers:
 
     Their ids are those of their texts, each closed by the end token. One that does not fit into
     max_length counts as cut.
+
+    Args:
+        path: responses.jsonl, in the order of train.jsonl.
     """
 
     resumes_at: Literal["prompt", "shard"] = "prompt"
 
     def __init__(self, path: Path, tokenizer: Any, max_length: int) -> None:
         self.facts = {"engine": "data"}
-        self._given = {row["id"]: row["responses"] for _, row in read_jsonl(path)}
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self._path, self._tokenizer, self._max_length = path, tokenizer, max_length
 
     def stream(self, shards: Iterable[list[Prompt]], n: int, seed: int) -> Iterator[Answered]:
-        """As `Sampler.stream`."""
+        """As `Sampler.stream`; reads along in the file.
+
+        Raises:
+            DataError: the file has no row for a prompt.
+        """
+        rows = (row for _, row in read_jsonl(self._path))
         for prompt in chain.from_iterable(shards):
-            texts = self._given.get(prompt[0], [])[:n]
-            responses = [self._response(text, len(prompt[1])) for text in texts]
-            yield Answered(
-                prompt, responses, None if texts else "the data set has no answers to it"
-            )
+            row = next((row for row in rows if row["id"] == prompt[0]), None)
+            if row is None:
+                raise DataError(f"{self._path}: there is no row {prompt[0]!r} where it should be")
+            responses = [self._response(text, len(prompt[1])) for text in row["responses"][:n]]
+            yield Answered(prompt, responses, None if responses else NONE_GIVEN)
 
     def close(self) -> None:
         """Nothing is held that does not go with the object."""

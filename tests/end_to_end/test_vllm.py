@@ -186,7 +186,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     known: dict[str, Samples] = {}
     for shard in journal.parent.parent.glob("part-*.parquet"):
         known |= {row.id: row for row in read_samples_shard(shard)}
-    from scmini.stages.answering import _Journal
+    from scmini.models.answering import _Journal
 
     known |= {row.id: row for row in _Journal(journal).rows()}
     assert 0 < len(known) < 40

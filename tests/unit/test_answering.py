@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from scmini import records
 from scmini.errors import DataError, EnvironmentProblem
+from scmini.models import answering
+from scmini.models.answering import FINAL, TOO_LONG, Plan, write_answers
 from scmini.models.sampler import Answered, Prompt
 from scmini.records import Response, Samples, read_samples
-from scmini.stages import answering
-from scmini.stages.answering import FINAL, TOO_LONG, Plan, write_answers
 
 ODD = "\u0000 \u202e 👩\u200d👩\u200d👧 \ud7ff\r\n\u2028"
 

@@ -29,6 +29,7 @@ RANKS = [
         "scmini.stage_graph",
         "scmini.run_folder",
         "scmini.pipeline",
+        "scmini.export",
         "scmini.worker",
         "scmini.verify",
     },

@@ -41,7 +41,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     ("words", "said"),
     [
         (["rum", "all"], "no command 'rum'; did you mean run?"),
-        (["frobnicate"], "commands are: run, status, verify, config"),
+        (["frobnicate"], "commands are: run, status, verify, export, config"),
+        (["export", "pears"], "no kind 'pears'; did you mean pairs?"),
+        (["export", "xyz"], "no kind 'xyz'; kinds are: pairs"),
+        (["export"], "arguments are required: KIND"),
+        (["export", "pairs"], "arguments are required: --format"),
+        (["export", "pairs", "--format", "tlr"], "invalid choice: 'tlr'"),
+        (["export", "pairs", "--format", "tlr"], "did you mean trl?"),
+        (["export", "pairs", "--format", "trl", "--layuot", "x"], "did you mean --layout?"),
+        (["export", "pairs", "--format", "trl"], "runs/demo: no such run folder"),
         (["run", "al"], "no stage 'al'; did you mean all?"),
         (["run", "genrate"], "no stage 'genrate'; did you mean generate?"),
         (
@@ -202,7 +210,8 @@ def start(*words: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["run", "--help"], ["status"], ["config"], ["--version"]]
+    "words",
+    [["--help"], ["run", "--help"], ["status"], ["config"], ["--version"], ["export", "--help"]],
 )
 def test_start_without_heavy_imports(words: list[str]) -> None:
     done = start("-X", "importtime", "-m", "scmini", *words)
@@ -216,6 +225,8 @@ def test_start_without_heavy_imports(words: list[str]) -> None:
     assert not modules & {"torch", "transformers", "numpy", "pyarrow", "rich", "matplotlib"}
     if words == ["--version"]:
         assert done.stdout == f"scmini {__version__}\n"
+    if words[0] == "export":
+        assert "pairs " in done.stdout
 
 
 def test_a_closed_pipe_is_no_fault() -> None:
@@ -268,8 +279,8 @@ def test_plain_lines_are_few_and_show_first_and_last(capsys: Any) -> None:
         display.finish("sft", "done in 3.0 s")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "sft: starts"
-    assert lines[1] == "sft: 0/1000 steps, loss 0.1235, at x"
-    assert lines[2].startswith("sft: 1000/1000 steps, ")
+    assert lines[1] == "sft: 0/1000 steps (0 %), loss 0.1235, at x"
+    assert lines[2].startswith("sft: 1000/1000 steps (100 %), ")
     assert lines[3:] == ["sft: done in 3.0 s"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from data_helpers import SHARED, files_of, needs_shared, work, write_lines
 
 from scmini.config import Config
-from scmini.data import jsonl, split
+from scmini.data import readers, split
 from scmini.errors import DataError, RecordError
 from scmini.records import Example, read_examples
 from scmini.stages import data
@@ -44,7 +44,7 @@ def test_no_prompt_on_both_sides_and_nothing_lost(tmp_path: Path) -> None:
     assert not prompts(made.path / "train.jsonl") & prompts(made.path / "test.jsonl")
     assert len(test) == 3
     assert len(train) == 28
-    assert made.counts == {split.LEAKED: 9, jsonl.USELESS_REJECTED: 40}
+    assert made.counts == {split.LEAKED: 9, readers.USELESS_REJECTED: 40}
     assert all(example.rejected == ["no"] for example in train)
 
 
@@ -94,8 +94,8 @@ def test_limits_drop_and_count(tmp_path: Path) -> None:
     assert made.counts == {
         split.LONG_PROMPT: 1,
         split.LONG_TARGET: 1,
-        jsonl.EMPTY_TARGET: 1,
-        jsonl.EMPTY_PROMPT: 1,
+        readers.EMPTY_TARGET: 1,
+        readers.EMPTY_PROMPT: 1,
     }
     assert made.notes["rows"] == {"train": 7, "test": 3, "usable": 10}
 

@@ -10,9 +10,17 @@ from data_helpers import files_of, tiny_llama, tokenizer, work
 from transformers import MistralConfig, MistralForCausalLM
 
 from scmini.config import Config
+from scmini.errors import DataError
 from scmini.models import engines
+from scmini.models.answering import NONE_GIVEN, TOO_LONG
 from scmini.models.sampler import Prompt, TransformersSampler, _Rows
-from scmini.records import Example, read_generations, read_samples, write_examples
+from scmini.records import (
+    Example,
+    read_generations,
+    read_samples,
+    write_examples,
+    write_jsonl,
+)
 from scmini.sections import DecodingConfig
 from scmini.stages import generate, sample
 
@@ -275,3 +283,35 @@ def test_generate_stage(folders: dict[str, Path], tmp_path: Path) -> None:
         answers[method] = [row.response for row in rows]
     assert answers["sft"] == answers["dpo"]  # the same weights meet the same random numbers
     assert len({tuple(found) for found in answers.values()}) == 3
+
+
+def test_answers_that_come_with_the_data(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The engine `data`: the first n of each prompt; a gap in the file is an error."""
+    given = {str(i): [f"answer {i} {j}" for j in range(i % 4)] for i in range(1, 10)}
+    given["3"] = ["the cat " * 60, " ", "meow"]
+    path = folders["data"] / "responses.jsonl"
+    write_jsonl(path, [{"id": id, "responses": texts} for id, texts in given.items()])
+    settings = {"engine": "data", "n": 2, "shard_size": 4}
+    taken = Config.model_validate(
+        {"sample": settings, "model": {"max_length": 60}}
+        | {"data": {"format": "self-contrast", "path": "x"}}
+    )
+    whole = work(tmp_path / "whole")
+    sample.run(taken, folders, whole)
+    rows = {row.id: row for row in read_samples(whole.path)}
+    for id, row in rows.items():
+        texts = [response.text for response in row.responses]
+        assert texts == ([] if row.failure == TOO_LONG else given[id][:2])
+        for response in row.responses:
+            assert TOKENIZER.decode(response.token_ids[:-1]) == response.text
+            fits = len(row.prompt_token_ids) + len(response.token_ids) <= 60
+            assert response.finish_reason == ("stop" if fits else "length")
+    assert whole.counts[NONE_GIVEN] == sum(row.failure == NONE_GIVEN for row in rows.values()) > 0
+    assert rows["3"].responses[0].finish_reason == "length"
+    (whole.path / "part-00000.parquet").unlink()
+    (whole.path / "scratch" / "answers.jsonl").unlink()
+    sample.run(taken, folders, again := work(whole.path))
+    assert {row.id: row for row in read_samples(again.path)} == rows
+    write_jsonl(path, [{"id": "1", "responses": ["x"]}, {"id": "3", "responses": ["x"]}])
+    with pytest.raises(DataError, match=r"responses.jsonl: there is no row '2'"):
+        sample.run(taken, folders, work(tmp_path / "gap"))

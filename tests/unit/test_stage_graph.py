@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,16 @@ from fake_stages import METHODS, config, states
 from scmini import pipeline
 from scmini.config import Config
 from scmini.config_file import parse_config
-from scmini.errors import DataError
-from scmini.stage_graph import STAGES, Task, folder_digest, inputs, sections, tasks
+from scmini.errors import DataError, EnvironmentProblem
+from scmini.stage_graph import (
+    STAGES,
+    Task,
+    check_sources,
+    folder_digest,
+    inputs,
+    sections,
+    tasks,
+)
 
 
 def test_tasks_that_a_configuration_needs() -> None:
@@ -95,7 +104,8 @@ def test_a_stage_reads_no_setting_that_its_recipe_lacks(path: Path) -> None:
     allowed |= {"filter": {"methods"}, "base": {"grader", "reward"}, "reward": {"grader"}}.get(
         path.stem, set()
     )
-    allowed |= {"data": {"model"}}.get(path.stem, set())  # whether a model is named
+    # whether a model is named, and whether the answers come with the data
+    allowed |= {"data": {"model", "sample"}}.get(path.stem, set())
     # Only to ask whether a program can grade; another format is another train.jsonl as well.
     allowed |= {"filter": {"data"}}.get(path.stem, set())
     if path.stem != "report":
@@ -143,3 +153,20 @@ def test_a_missing_folder_is_said_before_anything_runs(key: str, tmp_path: Path)
     with pytest.raises(DataError, match=rf"{key}: the folder /no/such/model does not exist"):
         pipeline.run(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["sample.engine=vllm"], r"sample\.engine: vllm needs vLLM: pip install 'scmini\[vllm\]'"),
+        (["generate.engine=vllm"], r"generate\.engine: vllm needs vLLM"),
+        (["sample.python=/no/such/python"], r"sample\.python: /no/such/python is no program"),
+    ],
+)
+def test_engines_are_looked_for_before_anything_runs(
+    overrides: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match=says):
+        check_sources(parse_config("", "x", overrides))
+    check_sources(parse_config("", "x", ["sample.engine=vllm", f"sample.python={sys.executable}"]))

@@ -103,7 +103,6 @@ class _Answering:
         for k in self._open:
             self._paths[k].unlink(missing_ok=True)  # its good rows are in the journal
         self._failed, self._journals = 0, True
-        self._meter = _Meter(plan, sum(len(rows) for rows in self._open.values()), self._num_full())
         self._close_those_without_questions()
 
     @property
@@ -118,6 +117,7 @@ class _Answering:
                 self._open[k] = {id: row for id, row in rows.items() if row.failure in FINAL}
             self.journal.rewrite([])
         self._journals = not whole
+        self._meter = _Meter(self._plan, len(self._plan.prompts) - self.num_left)
         for k in list(self._open):
             yield [prompt for prompt in self._shards[k] if prompt[0] not in self._open[k]]
 
@@ -159,10 +159,6 @@ class _Answering:
 
     def _rewrite_journal(self) -> None:
         self.journal.rewrite(row for rows in self._open.values() for row in rows.values())
-
-    def _num_full(self) -> int:
-        """Prompts in shards that are full."""
-        return sum(len(shard) for k, shard in enumerate(self._shards) if k not in self._open)
 
 
 def _begun_with(path: Path, size: int) -> int:
@@ -249,16 +245,14 @@ def _line(row: Samples) -> bytes:
 class _Meter:
     """Progress in answers, with the tokens per second of this process's own work."""
 
-    def __init__(self, plan: Plan, known: int, full: int) -> None:
+    def __init__(self, plan: Plan, known: int) -> None:
         self._n = plan.n
-        self._done, self._total = (known + full) * plan.n, len(plan.prompts) * plan.n
-        self._tokens = 0
-        self._start = time.perf_counter()
+        self._done, self._total = known * plan.n, len(plan.prompts) * plan.n
+        self._tokens, self._start = 0, time.perf_counter()
         progress(self._done, self._total, "answers")
 
     def add(self, row: Samples) -> None:
         self._done += self._n
         self._tokens += sum(len(response.token_ids) for response in row.responses)
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        rate = round(self._tokens / seconds)
-        progress(self._done, self._total, "answers", tokens_per_second=rate)
+        progress(self._done, self._total, "answers", **{"tokens/s": round(self._tokens / seconds)})
