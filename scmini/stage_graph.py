@@ -60,7 +60,7 @@ STAGES = {
     "sft": Stage(("model", "sft"), seeded=True),
     "sample": Stage(("model", "sample"), seeded=True),
     "embed": Stage(("embed",), seeded=False),
-    "filter": Stage(("filter",), seeded=True),
+    "filter": Stage(("filter",), seeded=True, version=2),
     "reference": Stage(("model", "reference"), seeded=False),
     "dpo": Stage(("model", "dpo"), seeded=True),
     "generate": Stage(("model", "generate"), seeded=True),

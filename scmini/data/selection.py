@@ -2,21 +2,40 @@
 
 Similarities are cosines to the target. The modes other than `default` have the candidate sets of
 the original project: its answers had lost their leading spaces before anything else, so texts are
-compared without them there; its ranks count from 0 (least similar) and equal values share the
-lowest rank.
+compared without them there, and equal ones have the similarity of the first; its ranks count from
+0 (least similar) and equal values share the lowest rank.
 """
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
+from scmini.data.similarity import first_of_alike
+from scmini.sections import FilterConfig
 from scmini.seeding import rng
 
 BLANK = "blank"
 TRUNCATED = "truncated"
 TARGET = "equal to the target"
 DUPLICATE = "duplicate"
+TOO_SHORT = "too short"
+TOO_LONG = "too long"
+BELOW = "below min_similarity"
+ABOVE = "above max_similarity"
+NEAR_DUPLICATE = "near-duplicate"
 SIMILAR = "too similar to the target"
+REASONS = (
+    *(BLANK, TRUNCATED, TARGET, DUPLICATE, TOO_SHORT, TOO_LONG),
+    *(BELOW, ABOVE, NEAR_DUPLICATE, SIMILAR),
+)
+"""Why an answer is no candidate, in the order in which the default rule asks."""
+_TINY = 1e-9
+"""0.55 * 100 is a little over 55, and 1.1 * 10 a little over 11."""
 
 
 @dataclass(frozen=True)
@@ -28,71 +47,81 @@ class Answers:
     finished: list[bool]
     """Whether the answer came to its end (finish_reason "stop")."""
     similarity: list[float]
+    vectors: NDArray[np.float16] | None = None
+    """Embeddings [answers, dimensions]; only `near_duplicate_similarity` needs them."""
+
+    @cached_property
+    def stripped(self) -> list[str]:
+        """Texts without the space around them."""
+        return [text.strip() for text in self.texts]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidates:
-    """Indices of the answers that may become negatives, ascending, and why the others may not."""
+    """For each answer one of `REASONS` why it is no candidate, or None: it is one."""
 
-    kept: list[int]
-    dropped: Counter[str] = field(default_factory=Counter)
+    reasons: list[str | None]
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """Indices of the candidates, ascending."""
+        return _open(self.reasons)
+
+    @cached_property
+    def dropped(self) -> Counter[str]:
+        """How many are no candidates, by reason."""
+        return Counter(reason for reason in self.reasons if reason is not None)
 
 
-def candidates(answers: Answers, mode: str, keep_fraction: float, k: int) -> Candidates:
-    """The candidates under `filter.mode`.
+def candidates(answers: Answers, rule: FilterConfig, k: int) -> Candidates:
+    """The candidates under the section `filter`.
 
     Args:
-        mode: "default", "all", "alldedup", "last-P" or "lastdedup-P" (P: decimals of a share).
-        keep_fraction: of the unique answers, the least similar share that stays ("default" only).
+        rule: `mode` is "default", "all", "alldedup", "last-P" or "lastdedup-P" (P: decimals of a
+            share); the other options belong to "default".
         k: negatives wanted; "last-P" makes room for as many.
     """
-    if mode == "default":
-        found = unfiltered(answers)
-        return _least_similar(answers, found, keep_fraction)
-    name, _, digits = mode.partition("-")
+    if rule.mode == "default":
+        return _default(answers, rule)
+    name, _, digits = rule.mode.partition("-")
     share = float(f"0.{digits or 0}")
     texts = [text.lstrip(" ") for text in answers.texts]
-    found = Candidates(list(range(len(texts))))
+    first: dict[str, float] = {}
+    pairs = zip(texts, answers.similarity, strict=True)
+    ranks = min_ranks([first.setdefault(text, value) for text, value in pairs])
+    reasons: list[str | None] = [None] * len(texts)
     if name.endswith("dedup"):
-        found = _first_of_each(found, texts)
+        _drop_repeated(reasons, texts)
     if name == "last":
-        found = _last(answers, found, share, k)
+        _drop(reasons, _last(ranks, share, k), SIMILAR)
     elif name == "lastdedup":
-        found = _lastdedup(answers, found, share)
-    return _keep(found, [index for index in found.kept if texts[index]], BLANK)
+        _drop(reasons, _lastdedup(ranks, _open(reasons), share), SIMILAR)
+    _drop(reasons, [index for index in _open(reasons) if not texts[index]], BLANK)
+    return Candidates(reasons)
 
 
 def usable(answers: Answers) -> Candidates:
     """Answers that could be trained on at all: not blank, come to their end, not the target."""
-    found = Candidates([])
-    target = answers.target.strip()
-    for index, text in enumerate(answers.texts):
-        if not text.strip():
-            found.dropped[BLANK] += 1
-        elif not answers.finished[index]:
-            found.dropped[TRUNCATED] += 1
-        elif text.strip() == target:
-            found.dropped[TARGET] += 1
-        else:
-            found.kept.append(index)
-    return found
+    return Candidates(_unusable(answers))
 
 
 def unfiltered(answers: Answers) -> Candidates:
     """Usable answers, each text (without the space around it) once."""
-    return _first_of_each(usable(answers), [text.strip() for text in answers.texts])
+    reasons = _unusable(answers)
+    _drop_repeated(reasons, answers.stripped)
+    return Candidates(reasons)
 
 
-def draw(kept: list[int], k: int, seed: int, id: str, n: int) -> list[int]:
-    """k candidates in random order (all, if there are fewer).
+def shuffled(kept: Iterable[int], seed: int, id: str, n: int) -> list[int]:
+    """Candidates in random order; the first k of them are the negatives of k.
 
     Every one of the n answers gets a random number from (seed, id), and candidates come in the
-    order of theirs. So the draw of k is the beginning of that of 2k, and a candidate's turn does
-    not depend on which others there are.
+    order of theirs. So the negatives of k are the beginning of those of 2k, and a candidate's turn
+    does not depend on which others there are.
     """
     numbers = rng(seed, "negatives", id)
     turn = [numbers.random() for _ in range(n)]
-    return sorted(kept, key=lambda index: turn[index])[:k]
+    return sorted(kept, key=lambda index: turn[index])
 
 
 def min_ranks(values: list[float]) -> list[int]:
@@ -103,41 +132,84 @@ def min_ranks(values: list[float]) -> list[int]:
     return [first[value] for value in values]
 
 
-def _keep(found: Candidates, kept: list[int], reason: str) -> Candidates:
-    dropped = found.dropped.copy()
-    if len(kept) < len(found.kept):
-        dropped[reason] += len(found.kept) - len(kept)
-    return Candidates(kept, dropped)
+def _open(reasons: list[str | None]) -> list[int]:
+    return [index for index, reason in enumerate(reasons) if reason is None]
 
 
-def _first_of_each(found: Candidates, texts: list[str]) -> Candidates:
-    first: dict[str, int] = {}
-    for index in found.kept:
-        first.setdefault(texts[index], index)
-    return _keep(found, list(first.values()), DUPLICATE)
+def _drop(reasons: list[str | None], indices: Iterable[int], reason: str) -> None:
+    for index in indices:
+        reasons[index] = reason
 
 
-def _least_similar(answers: Answers, found: Candidates, share: float) -> Candidates:
-    """The least similar share, rounded up; of equal ones the earlier."""
-    number = math.ceil(share * len(found.kept) - 1e-9)  # 0.55 * 100 is a little over 55
-    ordered = sorted(found.kept, key=lambda index: (answers.similarity[index], index))
-    return _keep(found, sorted(ordered[:number]), SIMILAR)
+def _unusable(answers: Answers) -> list[str | None]:
+    target = answers.target.strip()
+    reasons: list[str | None] = []
+    for text, finished in zip(answers.stripped, answers.finished, strict=True):
+        if not text:
+            reasons.append(BLANK)
+        elif not finished:
+            reasons.append(TRUNCATED)
+        else:
+            reasons.append(TARGET if text == target else None)
+    return reasons
 
 
-def _last(answers: Answers, found: Candidates, share: float, k: int) -> Candidates:
-    """Ranks below that of the least similar share, or below k."""
-    if not found.kept:
-        return found
-    ranks = min_ranks(answers.similarity)
+def _drop_repeated(reasons: list[str | None], texts: list[str]) -> None:
+    seen = set()
+    for index in _open(reasons):
+        if texts[index] in seen:
+            reasons[index] = DUPLICATE
+        seen.add(texts[index])
+
+
+def _default(answers: Answers, rule: FilterConfig) -> Candidates:
+    reasons = unfiltered(answers).reasons
+    for index in _open(reasons):
+        reasons[index] = _wrong_length(answers, rule, index) or _outside_window(
+            answers.similarity[index], rule
+        )
+    if rule.near_duplicate_similarity is not None:
+        assert answers.vectors is not None
+        remaining = _open(reasons)
+        first = first_of_alike(answers.vectors, remaining, rule.near_duplicate_similarity)
+        _drop(reasons, set(remaining) - set(first), NEAR_DUPLICATE)
+    remaining = _open(reasons)
+    number = math.ceil(rule.keep_fraction * len(remaining) - _TINY)
+    # sorting is stable: of equally similar answers the earlier ones stay
+    ordered = sorted(remaining, key=lambda index: answers.similarity[index])
+    _drop(reasons, ordered[number:], SIMILAR)
+    return Candidates(reasons)
+
+
+def _wrong_length(answers: Answers, rule: FilterConfig, index: int) -> str | None:
+    length, target = len(answers.stripped[index]), len(answers.target.strip())
+    if rule.min_length_ratio is not None and length < rule.min_length_ratio * target - _TINY:
+        return TOO_SHORT
+    if rule.max_length_ratio is not None and length > rule.max_length_ratio * target + _TINY:
+        return TOO_LONG
+    return None
+
+
+def _outside_window(similarity: float, rule: FilterConfig) -> str | None:
+    if rule.min_similarity is not None and similarity < rule.min_similarity:
+        return BELOW
+    if rule.max_similarity is not None and similarity > rule.max_similarity:
+        return ABOVE
+    return None
+
+
+def _last(ranks: list[int], share: float, k: int) -> list[int]:
+    """All but the ranks below that of the least similar share, or below k."""
+    if not ranks:
+        return []
     bound = max(sorted(ranks)[int(len(ranks) * share)], k)
-    return _keep(found, [index for index in found.kept if ranks[index] < bound], SIMILAR)
+    return [index for index, rank in enumerate(ranks) if rank >= bound]
 
 
-def _lastdedup(answers: Answers, found: Candidates, share: float) -> Candidates:
-    """As `_last` without k, over unique answers, but with ranks and share among all answers."""
-    if not found.kept:
-        return found
-    ranks = min_ranks(answers.similarity)
-    place = min(int(len(ranks) * share), len(found.kept) - 1)
-    bound = sorted(ranks[index] for index in found.kept)[place]
-    return _keep(found, [index for index in found.kept if ranks[index] < bound], SIMILAR)
+def _lastdedup(ranks: list[int], unique: list[int], share: float) -> list[int]:
+    """As `_last` without k, among unique answers, but with ranks and share among all answers."""
+    if not unique:
+        return []
+    place = min(int(len(ranks) * share), len(unique) - 1)
+    bound = sorted(ranks[index] for index in unique)[place]
+    return [index for index in unique if ranks[index] >= bound]

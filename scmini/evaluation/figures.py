@@ -104,25 +104,48 @@ def curve_figure(
     return figure
 
 
-def similarity_figure(kept: Sequence[float], others: Sequence[float]) -> Figure:
-    """How similar to the target the answers are: those taken as negatives, and all others."""
+def similarity_figure(
+    edges: Sequence[float],
+    kinds: Mapping[str, Sequence[int]],
+    cut: tuple[float, float, float] | None,
+    window: Sequence[tuple[str, float]],
+) -> Figure:
+    """How similar to the target the answers are, one kind of answer on top of another.
+
+    Args:
+        edges: of the intervals, one more than there are numbers of a kind.
+        kinds: name -> answers in each interval; drawn from the bottom up, three at most.
+        cut: 10 %, 50 % and 90 % quantile over prompts of where the too similar begin.
+        window: fixed limits: name and similarity.
+    """
     with style():
-        figure = Figure(figsize=(5.0, 2.8), layout="constrained")
+        figure = Figure(figsize=(4.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        both = [np.asarray(kept, dtype=float), np.asarray(others, dtype=float)]
-        low = min(0.0, *(float(part.min()) for part in both if len(part)))
-        axes.hist(
-            both,
-            bins=np.linspace(low, 1.0, 41).tolist(),
-            stacked=True,
-            color=[BLUE, "#d9d9d9"],
-            edgecolor="white",
-            linewidth=0.3,
-            label=[f"taken as negatives ({len(kept):,})", f"not taken ({len(others):,})"],
-        )
+        bottom = np.zeros(len(edges) - 1)
+        for (name, counts), colour in zip(
+            kinds.items(), (BLUE, "#9cc9e3", "#d4d4d4"), strict=False
+        ):
+            label = f"{name} ({sum(counts):,})"
+            top = bottom + np.asarray(counts)
+            patch = axes.stairs(top, edges, baseline=bottom, fill=True, color=colour, zorder=2)
+            patch.set_label(label)
+            bottom = top
+        if cut is not None:
+            low, middle, high = cut
+            axes.axvspan(low, high, color=RED, alpha=0.12, linewidth=0, zorder=1)
+            label = f"cut: {middle:.2f} in the median prompt, {low:.2f} to {high:.2f} in 80 %"
+            axes.axvline(middle, color=RED, linewidth=1.5, linestyle=(0, (5, 2)), label=label)
+        for (name, value), dashes in zip(window, ((0, (1, 1)), (0, (3, 1, 1, 1))), strict=False):
+            label = f"{name}: {value:g}"
+            axes.axvline(value, color="#222222", linewidth=1.3, linestyle=dashes, label=label)
+        filled = np.flatnonzero(bottom)
+        if len(filled):
+            first, last = edges[filled[0]], edges[filled[-1] + 1]
+            axes.set_xlim(min(0.0, first), max(first + 0.2, last))
         axes.set_xlabel("cosine similarity to the target")
         axes.set_ylabel("sampled answers")
-        axes.legend(frameon=False)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
     return figure
 
 

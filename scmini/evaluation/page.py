@@ -14,12 +14,20 @@ from typing import Any
 
 import jinja2
 
-from scmini.evaluation.run_data import Contrast
+from scmini.data.negatives import FILTERED, SPIN, UNFILTERED
+from scmini.data.selection import REASONS
+from scmini.evaluation.run_data import Candidate, Contrast
 from scmini.evaluation.wording import Unit, number
 from scmini.records import Generation, Message, Reward
 
 MAX_CHARS = 1200
 """Longer texts are cut on the page, saying so."""
+RULE_NAMES = {
+    FILTERED: "self-contrast-k",
+    UNFILTERED: "self-contrast-k-unfiltered",
+    SPIN: "spin",
+}
+"""The rules of the filter, by the methods that use them."""
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _MISSING = "–"  # noqa: RUF001
 
@@ -67,11 +75,11 @@ def method_rows(
             "is_main": name == main,
             "reward": _with_interval(row, "mean_reward", unit.scale, unit.digits),
             "win_rate": _with_interval(row, "win_rate", 1, 1),
-            "perfect": _percent(row.get("perfect_share")),
+            "perfect": percent(row.get("perfect_share")),
             "length": number(row["mean_length"], 0),
             "prompts": _count(row["training"].get("prompts")),
             "effective_k": _decimal(row["training"].get("effective_k")),
-            "perfect_negatives": _percent(row["training"].get("perfect_share_of_negatives")),
+            "perfect_negatives": percent(row["training"].get("perfect_share_of_negatives")),
         }
         for name, row in methods.items()
     ]
@@ -105,22 +113,49 @@ def answer_cards(
 
 
 def contrast_cards(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
-    """Training prompts with target, negatives, and the similar answers that were left out."""
+    """Training prompts with target, negatives, and dropped answers with the reason of each."""
     return [
         {
             "prompt": conversation(contrast.prompt),
             "target": contrast.target,
-            "groups": [
-                (title, [(c.text, _decimal(c.similarity, 2)) for c in candidates])
-                for title, candidates in (
-                    ("taken as negatives", contrast.kept),
-                    ("left out, most similar first", contrast.dropped),
-                )
-                if candidates
+            "sides": [
+                (
+                    f"taken as negatives: {contrast.num_kept} of {contrast.num_candidates} "
+                    "candidates",
+                    [_answer(candidate, "similarity") for candidate in contrast.kept],
+                ),
+                (
+                    f"dropped: {contrast.num_dropped} of "
+                    f"{contrast.num_dropped + contrast.num_candidates} answers",
+                    [_answer(candidate, candidate.reason) for candidate in contrast.dropped],
+                ),
             ],
         }
         for contrast in contrasts
     ]
+
+
+def _answer(candidate: Candidate, label: str | None) -> dict[str, str | None]:
+    text = candidate.text if candidate.text.strip() else "(nothing)"
+    return {"label": label, "text": text, "similarity": _decimal(candidate.similarity, 2)}
+
+
+def rule_table(rules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What became of the answers: a column for each rule, a row for each reason that occurs."""
+    columns = [rule for rule in RULE_NAMES if rule in rules]
+    reasons = [
+        reason for reason in REASONS if any(reason in rules[rule]["dropped"] for rule in columns)
+    ]
+    rows = [("answers", [(f"{rules[rule]['answers']:,}", "") for rule in columns])]
+    for reason in reasons:
+        numbers = [rules[rule]["dropped"].get(reason, 0) for rule in columns]
+        rows.append((reason, [_of(n, rules[r]) for n, r in zip(numbers, columns, strict=True)]))
+    rows.append(("candidates", [_of(rules[rule]["kept"], rules[rule]) for rule in columns]))
+    return {"columns": [RULE_NAMES[rule] for rule in columns], "rows": rows}
+
+
+def _of(count: int, rule: Mapping[str, Any]) -> tuple[str, str]:
+    return (f"{count:,}", percent(count / rule["answers"])) if count else (_MISSING, "")
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -165,7 +200,8 @@ def _with_interval(row: Mapping[str, Any], key: str, scale: float, digits: int) 
     return number(scale * row[key], digits), "" if low == high else interval
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share with one decimal; a dash where there is none."""
     return _MISSING if share is None else f"{100 * share:.1f} %"
 
 

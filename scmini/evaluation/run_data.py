@@ -7,16 +7,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scmini.config import Config, is_trained_by_dpo
 from scmini.data import zoo
-from scmini.errors import DataError, StoreDamaged
+from scmini.data.answers import read_answers
+from scmini.data.selection import REASONS, SIMILAR
+from scmini.errors import DataError, RecordError, StoreDamaged
 from scmini.evaluation.win_rate import PERFECT
 from scmini.records import (
     Generation,
@@ -25,14 +29,17 @@ from scmini.records import (
     Reward,
     read_generations,
     read_jsonl,
-    read_pairs,
     read_rewards,
-    read_samples,
     read_table,
 )
 
 Inputs = Mapping[str, Path]
 Curve = list[tuple[float, float]]
+
+
+BINS = np.linspace(-1, 1, 81)
+"""Edges of the histograms of cosine similarities."""
+CUT_QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,39 @@ class Candidate:
 
     text: str
     similarity: float
+    reason: str | None = None
+    """Why it is no candidate (`scmini.data.selection.REASONS`)."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A training prompt: its target, answers taken as negatives, the most similar ones left out."""
+    """A training prompt with its target: answers taken as negatives, and some of those dropped."""
 
     prompt: list[Message]
     target: str
     kept: list[Candidate]
     dropped: list[Candidate]
+    num_kept: int
+    num_candidates: int
+    num_dropped: int
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """How similar to their targets the answers are, of the prompts that a method trains on.
+
+    The arrays count answers in the 80 intervals of `BINS`.
+    """
+
+    taken: NDArray[np.int64]
+    """Negatives of the method."""
+    spared: NDArray[np.int64]
+    """Candidates that were not drawn."""
+    dropped: NDArray[np.int64]
+    """Answers that are no candidates."""
+    cut: tuple[float, float, float] | None
+    """Where the least similar end and the too similar begin: the 10 %, 50 % and 90 % quantiles over
+    prompts. None where no prompt has both kinds."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -103,21 +133,30 @@ def training_facts(method: str, config: Config, inputs: Inputs) -> dict[str, Any
         section = config.sft_continued if method == "sft-continued" else config.sft
         rows = sum(1 for _ in read_jsonl(inputs["data"] / "train.jsonl"))
         return {"prompts": min(rows, section.num_prompts or rows)}
-    pairs = read_trained_pairs(method, config, inputs)
-    facts: dict[str, Any] = {"prompts": len(pairs)}
-    if pairs:
-        facts["effective_k"] = sum(len(pair.rejected) for pair in pairs) / len(pairs)
-    if pairs and config.grader == "program":
-        grades = [zoo.grade(last_user(p.prompt), text) for p in pairs for text in p.rejected]
+    prompts = negatives = 0
+    grades: list[float] = []
+    for pair in trained_pairs(method, config, inputs):
+        prompts += 1
+        negatives += len(pair.rejected)
+        if config.grader == "program":
+            grades += [zoo.grade(last_user(pair.prompt), text) for text in pair.rejected]
+    facts: dict[str, Any] = {"prompts": prompts}
+    if prompts:
+        facts["effective_k"] = negatives / prompts
+    if grades:
         facts["perfect_share_of_negatives"] = float(np.mean(np.asarray(grades) >= PERFECT))
         facts["mean_reward_of_negatives"] = float(np.mean(grades))
     return facts
 
 
-def read_trained_pairs(method: str, config: Config, inputs: Inputs) -> list[Pair]:
-    """The pairs that a method was trained on."""
+def trained_pairs(method: str, config: Config, inputs: Inputs) -> Iterator[Pair]:
+    """The pairs that a method was trained on, one in memory at a time."""
     path = inputs["filter"] / "pairs" / f"{method}.jsonl"
-    return read_pairs(path)[: config.dpo.num_prompts]
+    for number, row in islice(read_jsonl(path), config.dpo.num_prompts):
+        try:
+            yield Pair(**row)
+        except TypeError as error:
+            raise RecordError(path, number, f"no pair ({error})") from None
 
 
 def last_user(prompt: Sequence[Message]) -> str:
@@ -136,75 +175,102 @@ def read_curves(folder: Path, keys: Mapping[str, str]) -> dict[str, Curve]:
     return {name: points for name, points in curves.items() if points}
 
 
-def read_similarity(inputs: Inputs) -> dict[str, list[float | None]]:
-    """Similarity to the target of every sampled answer, by prompt id; None for one not measured."""
-    if "filter" not in inputs:
-        return {}
-    found: dict[str, list[float | None]] = {}
+def read_rules(inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """What each rule of the filter made of the answers: see the notes of that stage."""
+    notes = read_manifest(inputs["filter"])["notes"] if "filter" in inputs else {}
+    rules: dict[str, dict[str, Any]] = notes.get("rules", {})
+    return rules
+
+
+def similarities(taken: Mapping[str, Sequence[int]], inputs: Inputs) -> Similarities:
+    """Histograms of the answers to the prompts in `taken`.
+
+    Args:
+        taken: by prompt id, the indices of the answers that became negatives.
+    """
+    counts = {kind: np.zeros(len(BINS) - 1, np.int64) for kind in ("taken", "spared", "dropped")}
+    cuts = []
+    for _, shard in _similarity_shards(inputs):
+        found: dict[str, list[float]] = {kind: [] for kind in counts}
+        for id, values, reasons in shard:
+            if id in taken:
+                chosen = set(taken[id])
+                for index, (value, reason) in enumerate(zip(values, reasons, strict=True)):
+                    kind = "dropped" if reason else "taken" if index in chosen else "spared"
+                    found[kind].append(value)
+                if (cut := _cut(values, reasons)) is not None:
+                    cuts.append(cut)
+        for kind, of_kind in found.items():
+            counts[kind] += np.histogram(np.asarray(of_kind, dtype=float), BINS)[0]
+    quantiles = tuple(np.quantile(cuts, CUT_QUANTILES).tolist()) if cuts else None
+    return Similarities(**counts, cut=quantiles)
+
+
+def _cut(values: Sequence[float], reasons: Sequence[str | None]) -> float | None:
+    """Midway between the most similar candidate and the least similar of the too similar."""
+    rows = list(zip(values, reasons, strict=True))
+    below = max((value for value, reason in rows if reason is None), default=None)
+    above = min((value for value, reason in rows if reason == SIMILAR), default=None)
+    return None if below is None or above is None else (below + above) / 2
+
+
+def _similarity_shards(
+    inputs: Inputs,
+) -> Iterator[tuple[str, list[tuple[str, list[float], list[str | None]]]]]:
+    """By shard its name, and id, similarities and reasons of each of its prompts."""
     for path in sorted((inputs["filter"] / "similarity").glob("part-*.parquet")):
         table = read_table(path)
-        columns = (table.column(name).to_pylist() for name in ("id", "similarity"))
-        found.update(zip(*columns, strict=True))
-    return found
-
-
-def split_by_use(
-    similarity: Mapping[str, Sequence[float | None]], pairs: Sequence[Pair]
-) -> tuple[list[float], list[float]]:
-    """Similarities of answers taken as negatives, and of all others to the same prompts."""
-    kept: list[float] = []
-    others: list[float] = []
-    for pair in pairs:
-        taken = set(pair.response_index)
-        for index, value in enumerate(similarity.get(pair.id, ())):
-            if value is not None and np.isfinite(value):
-                (kept if index in taken else others).append(float(value))
-    return kept, others
+        columns = (table.column(name).to_pylist() for name in ("id", "similarity", "dropped"))
+        yield path.name, list(zip(*columns, strict=True))
 
 
 def contrasts(
-    pairs: Sequence[Pair],
-    similarity: Mapping[str, Sequence[float | None]],
-    inputs: Inputs,
-    *,
-    prompts: int,
-    answers: int,
+    method: str, ids: Sequence[str], config: Config, inputs: Inputs, *, answers: int
 ) -> list[Contrast]:
-    """Training prompts to look at, evenly spaced over the file: nobody chose them.
+    """Training prompts to look at.
 
     Args:
-        pairs: of the method with most negatives.
-        prompts: how many to show.
-        answers: most negatives, and most answers left out, of each.
+        method: whose negatives are shown.
+        ids: of the prompts, in the order of its pairs.
+        answers: most negatives, and most dropped answers, of each.
     """
-    chosen = evenly(pairs, prompts)
+    rows: dict[str, tuple[list[float], list[str | None]]] = {}
     texts: dict[str, list[str]] = {}
-    if "sample" in inputs:
-        wanted = {pair.id for pair in chosen}
-        for samples in read_samples(inputs["sample"]):
-            if samples.id in wanted:
-                texts[samples.id] = [response.text for response in samples.responses]
+    for name, shard in _similarity_shards(inputs):
+        wanted = {id: (values, reasons) for id, values, reasons in shard if id in ids}
+        if wanted:  # the answers lie in a shard of the same name
+            rows |= wanted
+            texts |= {row.id: row.texts for row in read_answers(inputs["sample"] / name)}
     found = []
-    for pair in chosen:
+    for pair in trained_pairs(method, config, inputs):
+        if pair.id not in ids:
+            continue
+        values, reasons = rows[pair.id]
         kept = [Candidate(*item) for item in zip(pair.rejected, pair.similarity, strict=True)]
-        left_out = _left_out(pair, texts.get(pair.id, []), similarity.get(pair.id, []))
-        found.append(Contrast(pair.prompt, pair.chosen, kept[:answers], left_out[:answers]))
+        dropped = [Candidate(*x) for x in zip(texts[pair.id], values, reasons, strict=True) if x[2]]
+        found.append(
+            Contrast(
+                pair.prompt,
+                pair.chosen,
+                kept[:answers],
+                _of_every_kind(dropped)[:answers],
+                num_kept=len(kept),
+                num_candidates=len(reasons) - len(dropped),
+                num_dropped=len(dropped),
+            )
+        )
     return found
 
 
-def _left_out(
-    pair: Pair, texts: Sequence[str], similarity: Sequence[float | None]
-) -> list[Candidate]:
-    """Different answers that were not taken and are not the target, most similar ones first."""
-    best: dict[str, float] = {}
-    for text, value in zip(texts, similarity, strict=False):
-        shown = text.strip()
-        if value is not None and shown and shown != pair.chosen.strip():
-            best[shown] = max(value, best.get(shown, -1.0))
-    for text in pair.rejected:
-        best.pop(text.strip(), None)
-    ordered = sorted(best.items(), key=lambda item: (-item[1], item[0]))
-    return [Candidate(text, value) for text, value in ordered]
+def _of_every_kind(dropped: Sequence[Candidate]) -> list[Candidate]:
+    """One of each reason in turn, most similar first; no text twice for the same reason."""
+    by_reason: dict[str | None, list[Candidate]] = {reason: [] for reason in reversed(REASONS)}
+    for answer in sorted(dropped, key=lambda answer: -answer.similarity):
+        seen = by_reason[answer.reason]
+        if answer.text.strip() not in {other.text.strip() for other in seen}:
+            seen.append(answer)
+    rounds = zip_longest(*by_reason.values())
+    return [answer for one_of_each in rounds for answer in one_of_each if answer is not None]
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -1,276 +1,240 @@
-"""Stage `filter`: how similar each answer is to its target, and which become whose negatives."""
+"""Stage `filter`: how similar each answer is to its target, and which become whose negatives.
+
+One pass over the shards of answers and embeddings, with data/train.jsonl walked beside them (its
+prompts are in the same order): of each of the three no more than one shard is in memory.
+"""
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scmini.config import Config, is_trained_by_dpo, num_negatives
-from scmini.console import progress
-from scmini.data import zoo
-from scmini.data.selection import Answers, Candidates, candidates, draw, unfiltered, usable
+from scmini import console
+from scmini.config import Config, is_trained_by_dpo
+from scmini.data.answers import Answered, read_answers, stream_examples
+from scmini.data.negatives import Chooser
+from scmini.data.selection import Answers
+from scmini.data.similarity import NotFinite, cosines
 from scmini.errors import DataError
-from scmini.records import (
-    Example,
-    Pair,
-    Samples,
-    read_examples,
-    read_samples,
-    read_table,
-    write_jsonl,
-    write_table,
-)
-from scmini.stages.embed import read_vectors
+from scmini.records import Example, Pair, write_table
+from scmini.stages.embed import read_vectors_shard
 from scmini.store import Work
 
-NO_SIMILARITY = 0.0
-"""Stands in pairs/dpo.jsonl: the data set's own rejected answers are not embedded."""
-_GROUPS = 64
-"""Prompts whose vectors are in one FAISS index at a time."""
-_SPIN, _UNFILTERED, _FILTERED = "spin", "unfiltered", "filtered"
+_USED = "used"
 
-Prompts = Iterator[tuple[Example, Samples | None, list[float]]]
-Draws = dict[str, list[int]]
-"""By method, the indices of a prompt's negatives."""
+
+@dataclass(frozen=True)
+class Measured:
+    """One shard of embeddings, part-*.npy, with its cosines."""
+
+    path: Path
+    groups: list[tuple[str, int]]
+    """Id and number of vectors (its target's and its answers') of each prompt, in order."""
+    vectors: NDArray[np.float16]
+    """[vectors of all prompts, dimensions]."""
+    cosines: NDArray[np.float32]
+    """[answers of all prompts], each to its own target."""
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
-    """Write similarity/, pairs/<method>.jsonl for every method trained by DPO, and used.jsonl.
+    """Write similarity/part-*.parquet, pairs/<method>.jsonl and used.jsonl.
+
+    A row of similarity/ is a prompt: its id, the similarity of each of its answers to the target,
+    and in `dropped` why an answer is no candidate under the section `filter` (null: it is one).
+    Pairs are written for every method trained by DPO; used.jsonl lists the answers that some
+    method draws. All of it comes out the same, byte by byte, when the stage is run again.
 
     Raises:
-        DataError: files of the stages before do not fit together, or a method gets no pair at all.
+        DataError: files of the stages before do not fit together or are damaged, a vector is not
+            finite, or a method gets no pair at all.
     """
-    examples = read_examples(inputs["data"] / "train.jsonl")
+    examples = stream_examples(inputs["data"] / "train.jsonl")
     methods = [method for method in config.methods if is_trained_by_dpo(method)]
-    prompts: Prompts = ((example, None, []) for example in examples)
-    total = len(examples)
-    if "sample" in inputs:
-        total = _write_similarity(inputs["embed"], work.path / "similarity")
-        prompts = _answered(examples, inputs["sample"], work.path / "similarity")
-    tally, used = _Tally(config), []
-    with _PairFiles(work.path / "pairs", methods) as files:
-        for done, (example, samples, similarity) in enumerate(prompts):
-            progress(done, total, "prompts")
-            answers = _answers(example, samples, similarity)
-            draws = _draw(config, methods, example, answers, work)
-            for method, indices in draws.items():
-                pair = _pair(example, answers, indices)
-                files.write(method, pair)
-                tally.add(method, pair)
-            if draws:
-                indices = sorted({index for drawn in draws.values() for index in drawn})
-                used.append({"id": example.id, "response_index": indices})
-    tally.report(methods, work)
-    write_jsonl(work.path / "used.jsonl", used)
+    paths = {method: work.path / "pairs" / f"{method}.jsonl" for method in methods}
+    with _Lines(paths | {_USED: work.path / "used.jsonl"}) as lines:
+        chooser = Chooser(config, methods, work)
+        shards = _shards(inputs) if "sample" in inputs else []
+        for done, (path, vectors) in enumerate(shards, start=1):
+            _choose_in_shard(path, vectors, examples, chooser, lines, work)
+            console.progress(done, len(shards), "shards")
+        if "sample" not in inputs:
+            for example in examples:
+                _write_pairs(lines, chooser.choose(example, Answers(example.target, [], [], []))[1])
+        account = chooser.report()
+    if account:
+        console.say(f"filter: {account}")
 
 
-def group_similarity(groups: list[int], vectors: NDArray[np.float16]) -> list[list[float]]:
-    """Cosine of each group's first vector with each of its others, in float32 by FAISS.
+def stream_similarity(embeddings: Path) -> Iterator[Measured]:
+    """Every shard of a folder of embeddings with its cosines, one in memory at a time.
 
-    Args:
-        groups: number of rows of each group; they follow one another in `vectors`.
-        vectors: [rows, dimensions]; a zero vector has cosine 0 with all.
+    Raises:
+        DataError: a shard is damaged, or a vector is not finite; names file, prompt and row.
     """
-    import faiss
-
-    block = vectors.astype(np.float32)
-    faiss.normalize_L2(block)  # their lengths are 1 only up to float16
-    index: Any = faiss.IndexFlatIP(block.shape[1])
-    index.add(block)
-    starts = np.cumsum([0, *groups[:-1]])
-    width = max(groups) - 1
-    if width == 0:
-        return [[] for _ in groups]
-    labels = np.zeros((len(groups), width), np.int64)
-    for number, (start, rows) in enumerate(zip(starts, groups, strict=True)):
-        labels[number, : rows - 1] = np.arange(start + 1, start + rows)
-    queries = np.ascontiguousarray(block[starts])
-    cosines = np.empty(labels.shape, np.float32)
-    at = faiss.swig_ptr
-    index.compute_distance_subset(len(groups), at(queries), width, at(cosines), at(labels))
-    return [row[: rows - 1].tolist() for row, rows in zip(cosines, groups, strict=True)]
+    for path in sorted(embeddings.glob("part-*.npy")):
+        yield _measured(path)
 
 
-def _write_similarity(embeddings: Path, folder: Path) -> int:
-    """One file per shard of embeddings: id, similarity of each answer to the target.
+def _measured(path: Path) -> Measured:
+    groups, vectors = read_vectors_shard(path)
+    rows = [number for _, number in groups]
+    if min(rows, default=1) < 1:
+        raise DataError(f"{path}: prompt {groups[rows.index(min(rows))][0]!r} has no target")
+    try:
+        return Measured(path, groups, vectors, cosines(rows, vectors))
+    except NotFinite as error:
+        raise DataError(_not_finite(path, groups, error.row)) from None
 
-    Returns:
-        The number of prompts.
-    """
+
+def _not_finite(path: Path, groups: list[tuple[str, int]], row: int) -> str:
+    ends = np.cumsum([rows for _, rows in groups])
+    prompt = int(np.searchsorted(ends, row, side="right"))
+    id, rows = groups[prompt]
+    answer = row - (int(ends[prompt]) - rows)
+    whose = f"answer {answer}" if answer else "the target"
+    return (
+        f"{path}, row {row}: the vector of {whose} of prompt {id!r} is not finite; check "
+        "embed.encoder and embed.dtype, then run again with --from embed --force"
+    )
+
+
+def _shards(inputs: dict[str, Path]) -> list[tuple[Path, Path]]:
+    """Each shard of answers with its shard of embeddings."""
+    answers = {path.stem: path for path in sorted(inputs["sample"].glob("part-*.parquet"))}
+    vectors = {path.stem: path for path in inputs["embed"].glob("part-*.npy")}
+    for stem, path in answers.items():
+        if stem not in vectors:
+            raise DataError(f"{inputs['embed']}: the vectors of {path} are missing; embed again")
+    for stem, path in sorted(vectors.items()):
+        if stem not in answers:
+            raise DataError(f"{path}: there are no answers of this shard in {inputs['sample']}")
+    return [(path, vectors[stem]) for stem, path in answers.items()]
+
+
+def _choose_in_shard(
+    path: Path,
+    vectors: Path,
+    examples: Iterator[Example],
+    chooser: Chooser,
+    lines: "_Lines",
+    work: Work,
+) -> None:
+    shard, reasons = _measured(vectors), []
+    for example, answers in _joined(path, shard, examples, work):
+        candidates, pairs = chooser.choose(example, answers)
+        _write_pairs(lines, pairs)
+        reasons.append(candidates.reasons)
+    _write_similarity(work.path / "similarity" / path.name, shard, reasons)
+
+
+def _joined(
+    path: Path, shard: Measured, examples: Iterator[Example], work: Work
+) -> Iterator[tuple[Example, Answers]]:
+    """Each prompt of a shard of answers with its answers and their similarities."""
+    answered = read_answers(path)
+    if len(answered) != len(shard.groups):
+        raise DataError(
+            f"{shard.path}: vectors of {len(shard.groups)} prompts do not fit the {len(answered)} "
+            f"of {path}; embed again"
+        )
+    similarity, start = shard.cosines.tolist(), 0
+    for number, (row, (id, vectors)) in enumerate(zip(answered, shard.groups, strict=True)):
+        if row.id != id or vectors != 1 + len(row.texts):
+            raise DataError(
+                f"{path}, row {number + 1}: prompt {row.id!r} with {len(row.texts)} answers does "
+                f"not fit its embeddings ({id!r}, {vectors} vectors) in {shard.path}; embed again"
+            )
+        if not row.texts:
+            work.count(f"prompts without answers: {_failure(row)}")
+        end = start + len(row.texts)
+        first = start + number + 1  # in `vectors`: every prompt so far has its target there too
+        found = shard.vectors[first : first + len(row.texts)]
+        example = _example(row, path, number + 1, examples, work)
+        yield (
+            example,
+            Answers(example.target, row.texts, row.finished, similarity[start:end], found),
+        )
+        start = end
+
+
+def _failure(row: Answered) -> str:
+    lines = (row.failure or "").strip().splitlines()
+    return lines[0][:100] if lines else "no reason recorded"
+
+
+def _example(
+    row: Answered, path: Path, number: int, examples: Iterator[Example], work: Work
+) -> Example:
+    """The row of train.jsonl: the answers follow its order, but may leave some prompts out."""
+    for example in examples:
+        if example.id == row.id:
+            return example
+        work.count("prompts without answers: not sampled")
+    raise DataError(
+        f"{path}, row {number}: prompt {row.id!r} is not in data/train.jsonl, or not in its order; "
+        "run again with --from sample --force"
+    )
+
+
+def _write_pairs(lines: "_Lines", pairs: dict[str, Pair]) -> None:
+    for method, pair in pairs.items():
+        lines.write(method, vars(pair))
+    if pairs:
+        indices = sorted({index for pair in pairs.values() for index in pair.response_index})
+        id = next(iter(pairs.values())).id
+        lines.write(_USED, {"id": id, "response_index": indices})
+
+
+def _write_similarity(path: Path, shard: Measured, reasons: list[list[str | None]]) -> None:
     import pyarrow as pa
 
-    prompts = 0
-    schema = pa.schema([("id", pa.string()), ("similarity", pa.list_(pa.float32()))])
-    for number, (groups, vectors) in enumerate(read_vectors(embeddings)):
-        if not np.isfinite(vectors).all():
-            raise DataError(f"{embeddings}: shard {number} holds vectors that are not finite")
-        found, row = [], 0
-        for start in range(0, len(groups), _GROUPS):
-            sizes = [rows for _, rows in groups[start : start + _GROUPS]]
-            found += group_similarity(sizes, vectors[row : row + sum(sizes)])
-            row += sum(sizes)
-        ids = [id for id, _ in groups]
-        table = pa.table({"id": ids, "similarity": found}, schema=schema)
-        write_table(folder / f"part-{number:05d}.parquet", table)
-        prompts += len(groups)
-    return prompts
+    starts = np.cumsum([0, *(number - 1 for _, number in shard.groups)]).astype(np.int32)
+    flat = pa.array([reason for prompt in reasons for reason in prompt], pa.string())
+    columns = {
+        "id": pa.array([id for id, _ in shard.groups], pa.string()),
+        "similarity": pa.ListArray.from_arrays(starts, pa.array(shard.cosines, pa.float32())),
+        "dropped": pa.ListArray.from_arrays(starts, flat),
+    }
+    write_table(path, pa.table(columns))
 
 
-def _answered(examples: list[Example], samples: Path, similarity: Path) -> Prompts:
-    """Each sampled prompt with its answers and their similarities, in the order of the shards."""
-    by_id = {example.id: example for example in examples}
-    cosines = (
-        (row["id"], row["similarity"])
-        for path in sorted(similarity.glob("part-*.parquet"))
-        for row in read_table(path).to_pylist()
-    )
-    for row, (id, values) in zip(read_samples(samples), cosines, strict=True):
-        if row.id != id or len(values) != len(row.responses) or id not in by_id:
-            raise DataError(
-                f"{samples}: prompt {row.id!r} does not fit its embeddings or data/train.jsonl"
-            )
-        yield by_id[id], row, values
+class _Lines:
+    """Files of JSON lines, written side by side and renamed into place when all are written.
 
+    When the work ends in an error nothing stays of them, not even on a full disk.
+    """
 
-def _answers(example: Example, samples: Samples | None, similarity: list[float]) -> Answers:
-    responses = samples.responses if samples else []
-    return Answers(
-        target=example.target,
-        texts=[response.text for response in responses],
-        finished=[response.finish_reason == "stop" for response in responses],
-        similarity=similarity,
-    )
-
-
-def _rule(method: str) -> str:
-    if method == "spin":
-        return _SPIN
-    return _UNFILTERED if method.endswith("-unfiltered") else _FILTERED
-
-
-def _candidates(config: Config, rule: str, answers: Answers, k: int) -> Candidates:
-    """Of `spin` any usable answer, as often as it was given; else DESIGN 5.6."""
-    if rule == _SPIN:
-        return usable(answers)
-    if rule == _UNFILTERED:
-        return unfiltered(answers)
-    return candidates(answers, config.filter.mode, config.filter.keep_fraction, k)
-
-
-def _draw(
-    config: Config, methods: list[str], example: Example, answers: Answers, work: Work
-) -> Draws:
-    """The negatives of one prompt for each method that gets a pair from it; the rest is counted."""
-    found: Draws = {}
-    own = {method: k for method in methods if (k := num_negatives(method)) is not None}
-    lacking = set()
-    counted: dict[str, Candidates] = {}
-    for method, k in own.items():
-        rule = _rule(method)
-        found_here = _candidates(config, rule, answers, k)
-        counted[rule] = found_here
-        drawn = draw(found_here.kept, k, config.seed, example.id, len(answers.texts))
-        if len(drawn) == k or (drawn and config.filter.allow_fewer):
-            found[method] = drawn
-        else:
-            lacking.add(method)
-            work.count(f"{method}: prompts with too few candidates")
-    for rule, result in counted.items():
-        for reason, number in result.dropped.items():
-            work.count(f"{rule} answers: {reason}", number)
-    if config.filter.common_subset and lacking:
-        for method in found:
-            work.count(f"{method}: prompts outside the common subset")
-        found = {}
-    if "dpo" in methods:
-        if example.rejected:
-            found["dpo"] = [-2 - number for number in range(len(example.rejected))]
-        else:
-            work.count("dpo: prompts without a rejected answer")
-    return found
-
-
-def _pair(example: Example, answers: Answers, indices: list[int]) -> Pair:
-    """Indices from 0 are answers, those from -2 down the data set's own rejected ones."""
-    return Pair(
-        id=example.id,
-        prompt=example.prompt,
-        chosen=example.target,
-        rejected=[answers.texts[i] if i >= 0 else example.rejected[-2 - i] for i in indices],
-        similarity=[answers.similarity[i] if i >= 0 else NO_SIMILARITY for i in indices],
-        response_index=indices,
-    )
-
-
-class _PairFiles:
-    """pairs/<method>.jsonl, written side by side, each renamed into place when all is written."""
-
-    def __init__(self, folder: Path, methods: list[str]) -> None:
-        folder.mkdir(exist_ok=True)
-        self._paths = {method: folder / f"{method}.jsonl" for method in methods}
+    def __init__(self, paths: dict[str, Path]) -> None:
+        self._paths = paths
         self._handles: dict[str, TextIO] = {}
 
-    def __enter__(self) -> "_PairFiles":
-        for method, path in self._paths.items():
+    def __enter__(self) -> "_Lines":
+        for key, path in self._paths.items():
+            path.parent.mkdir(exist_ok=True)
             torn = path.with_name(f".{path.name}.tmp")
-            self._handles[method] = open(torn, "w", encoding="utf-8", newline="\n")
+            self._handles[key] = open(torn, "w", encoding="utf-8", newline="\n")
         return self
 
-    def write(self, method: str, pair: Pair) -> None:
-        line = json.dumps(asdict(pair), ensure_ascii=False, allow_nan=False)
-        self._handles[method].write(line + "\n")
+    def write(self, key: str, row: dict[str, Any]) -> None:
+        self._handles[key].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        for method, handle in self._handles.items():
-            with handle:
-                handle.flush()
-                os.fsync(handle.fileno())
+        try:
             if kind is None:
-                os.replace(handle.name, self._paths[method])
-
-
-class _Tally:
-    """Pairs, negatives and (in the demo) perfect answers among these, by method."""
-
-    def __init__(self, config: Config) -> None:
-        self._graded = config.data.format == "zoo"
-        self._pairs: Counter[str] = Counter()
-        self._negatives: Counter[str] = Counter()
-        self._perfect: Counter[str] = Counter()
-
-    def add(self, method: str, pair: Pair) -> None:
-        self._pairs[method] += 1
-        self._negatives[method] += len(pair.rejected)
-        if self._graded:
-            question = pair.prompt[-1]["content"]
-            self._perfect[method] += sum(zoo.grade(question, text) == 1.0 for text in pair.rejected)
-
-    def report(self, methods: list[str], work: Work) -> None:
-        """Notes of the manifest; `DataError` for a method without any pair."""
-        for method in methods:
-            if not self._pairs[method]:
-                raise DataError(_no_pairs(method, work.counts))
-        work.note("prompts", {method: self._pairs[method] for method in methods})
-        work.note(
-            "effective_k",
-            {method: round(self._negatives[method] / self._pairs[method], 4) for method in methods},
-        )
-        if self._graded:
-            shares = {m: round(self._perfect[m] / self._negatives[m], 4) for m in methods}
-            work.note("perfect_share", shares)
-
-
-def _no_pairs(method: str, counts: Counter[str]) -> str:
-    if method == "dpo":
-        return "method dpo: no training row has a rejected answer; leave dpo out of methods"
-    why = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()))
-    return (
-        f"method {method}: no prompt has enough candidates ({why}); raise sample.n, set "
-        "filter.allow_fewer: true, or choose a smaller K"
-    )
+                for handle in self._handles.values():
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                for key, handle in self._handles.items():
+                    handle.close()
+                    os.replace(handle.name, self._paths[key])
+        finally:
+            for handle in self._handles.values():
+                with suppress(OSError):  # what could not be written cannot be flushed either
+                    handle.close()
+                Path(handle.name).unlink(missing_ok=True)

@@ -173,6 +173,7 @@ def page_view(
         "caveats": wording.caveats(rows, versus, unit, _caveat_facts(config)),
         "curves": curve_pictures(config, inputs),
         **negatives(config, inputs),
+        "embedding_note": embedding_note(config, inputs),
         "answers": page.answer_cards(generations, rewards, shown, unit),
         "stages": page.stage_rows(results["stages"]),
         "cost_note": cost_note(results),
@@ -241,21 +242,49 @@ def curve_pictures(config: Config, inputs: Inputs) -> list[dict[str, str]]:
 
 
 def negatives(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Histogram of similarities, and some training prompts with their negatives, if any."""
+    """What became of the answers: a table, a histogram, some prompts with kept and dropped ones."""
+    rules = run_data.read_rules(inputs)
+    table = page.rule_table(rules) if rules else None
     ours = wording.by_k(config.methods)
-    pairs = run_data.read_trained_pairs(ours[-1], config, inputs) if ours else []
-    if not pairs:
-        return {"similarity": None, "contrasts": []}
-    similarity = run_data.read_similarity(inputs)
-    kept, others = run_data.split_by_use(similarity, pairs)
-    picture = figures.to_svg(figures.similarity_figure(kept, others), "similarity")
-    contrasts = run_data.contrasts(
-        pairs, similarity, inputs, prompts=SHOWN_PROMPTS, answers=SHOWN_CANDIDATES
+    pairs = run_data.trained_pairs(ours[-1], config, inputs) if ours else ()
+    taken = {pair.id: pair.response_index for pair in pairs}
+    if not taken:
+        return {"rule_table": table, "similarity": None, "contrasts": []}
+    found = run_data.similarities(taken, inputs)
+    limits = {key: getattr(config.filter, key) for key in ("min_similarity", "max_similarity")}
+    picture = figures.similarity_figure(
+        run_data.BINS.tolist(),
+        {
+            "taken as negatives": found.taken.tolist(),
+            "candidates, not drawn": found.spared.tolist(),
+            "dropped": found.dropped.tolist(),
+        },
+        found.cut,
+        [(key, value) for key, value in limits.items() if value is not None],
     )
+    shown = run_data.evenly(list(taken), SHOWN_PROMPTS)
+    contrasts = run_data.contrasts(ours[-1], shown, config, inputs, answers=SHOWN_CANDIDATES)
     return {
-        "similarity": {"uri": page.svg_uri(picture), "method": ours[-1]},
+        "rule_table": table,
+        "similarity": {
+            "uri": page.svg_uri(figures.to_svg(picture, "similarity")),
+            "method": ours[-1],
+            "has_cut": found.cut is not None,
+        },
         "contrasts": page.contrast_cards(contrasts),
     }
+
+
+def embedding_note(config: Config, inputs: Inputs) -> str:
+    """How many texts were too long for the encoder, and what became of them; empty if none was."""
+    notes = run_data.read_manifest(inputs["embed"])["notes"] if "embed" in inputs else {}
+    if not (share := notes.get("long_share")):
+        return ""
+    how = {
+        "truncate": "only their openings are compared",
+        "mean": "they are read in pieces, whose vectors are averaged",
+    }[config.embed.long_texts]
+    return f"{page.percent(share)} of the texts are longer than the encoder reads at once: {how}."
 
 
 def cost_note(results: Mapping[str, Any]) -> str:

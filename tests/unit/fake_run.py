@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from scmini.config import Config, num_negatives
+from scmini.data.selection import BLANK, SIMILAR, TRUNCATED
 from scmini.records import (
     Generation,
     Pair,
@@ -30,6 +31,21 @@ STRENGTH = {
     "self-contrast-16-unfiltered": 0.87,
 }
 TARGETS = 0.84
+NOTES = {
+    "embed": {"long_share": 0.0417},
+    "filter": {
+        "rules": {
+            "filtered": {
+                **{"prompts": 20, "answers": 640, "kept": 480},
+                "dropped": {BLANK: 20, TRUNCATED: 20, SIMILAR: 120},
+            },
+            "unfiltered": {
+                **{"prompts": 20, "answers": 640, "kept": 600},
+                "dropped": {BLANK: 20, TRUNCATED: 20},
+            },
+        }
+    },
+}
 EVIL = '<script>alert("x")</script>\x1b[31m\u202e evil'
 
 
@@ -77,6 +93,8 @@ def _manifest(folder: Path, stage: str, method: str | None, seconds: float) -> N
         **{"seconds": seconds, "finished": "2025-01-01T00:00:00Z", "counts": {}},
         "notes": {"peak_gib": 0.51} if stage in ("sft", "dpo") else {},
     }
+    if stage in NOTES:
+        manifest["notes"] = NOTES[stage]
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -122,10 +140,17 @@ def _pairs(path: Path, method: str) -> None:
 def _samples(inputs: dict[str, Path]) -> None:
     rows, similarity = [], []
     for i in range(20):
-        texts = [f"The goose says {'moo' if j % 5 else 'oink'} {j}." for j in range(32)]
-        responses = [Response(text, [1, 2], "stop") for text in texts]
+        texts = [f"The goose says {'moo' if j % 5 else 'oink'} {j}." for j in range(30)]
+        responses = [Response(text, [1, 2], "stop") for text in [*texts, " ", EVIL]]
         rows.append(Samples(f"t{i}", [1], responses))
-        similarity.append([0.2 + 0.024 * j for j in range(31)] + [None])
+        similarity.append([0.2 + 0.024 * j + 0.002 * i for j in range(30)] + [0.0, 0.95])
     write_samples(inputs["sample"] / "part-00000.parquet", rows)
-    table = pa.table({"id": [row.id for row in rows], "similarity": similarity})
+    reasons = [None] * 24 + [SIMILAR] * 6 + [BLANK, TRUNCATED]
+    table = pa.table(
+        {
+            "id": [row.id for row in rows],
+            "similarity": similarity,
+            "dropped": pa.array([reasons for _ in rows], pa.list_(pa.string())),
+        }
+    )
     write_table(inputs["filter"] / "similarity" / "part-00000.parquet", table)

@@ -1,21 +1,19 @@
-"""Which answers become negatives: against the original project's rules, restated plainly."""
+"""The stage `filter`: pairs, similarities and counts, and what happens when files are broken."""
 
+import errno
 import json
-from collections import Counter
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import files_of, needs_shared, shared_rows, work
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from data_helpers import files_of, work
 
 from scmini.config import Config
-from scmini.data import selection
-from scmini.data.selection import Answers, candidates, draw, min_ranks, unfiltered, usable
-from scmini.errors import DataError
-from scmini.models.encoders import HashedNgramEncoder
+from scmini.data import negatives
+from scmini.data.selection import REASONS
+from scmini.errors import DataError, RecordError
 from scmini.records import (
     Example,
     Response,
@@ -24,188 +22,10 @@ from scmini.records import (
     read_table,
     write_examples,
     write_samples,
+    write_table,
 )
 from scmini.stages import embed, filter
-from scmini.stages.filter import group_similarity
 from scmini.store import Work
-
-MODES = [
-    "all",
-    "alldedup",
-    "last-75",
-    "last-5",
-    "last-05",
-    "last-0",
-    "lastdedup-75",
-    "lastdedup-125",
-    "lastdedup-25",
-]
-
-
-def original(mode: str, outputs: list[str], similarities: list[float], k: int) -> list[str]:
-    """The texts that the original project may draw from (facts of its construct_synthetic_data).
-
-    `outputs` as its sampler stores them: without leading spaces. Ranks are stored before, by a
-    quadratic rule: how many are strictly smaller.
-    """
-    n = len(outputs)
-    ranks = [sum(other < value for other in similarities) for value in similarities]
-    if mode == "all":
-        kept = outputs
-    elif mode == "alldedup":
-        kept = []
-        for output in outputs:
-            if output not in kept:
-                kept.append(output)
-    elif mode.startswith("lastdedup-"):
-        share = float("0." + mode.split("-")[1])
-        unique: list[str] = []
-        unique_ranks: list[int] = []
-        for output, rank in zip(outputs, ranks, strict=True):
-            if output not in unique:
-                unique.append(output)
-                unique_ranks.append(rank)
-        if not unique:
-            return []
-        m = min(int(n * share), len(unique) - 1)
-        t = sorted(unique_ranks)[m]
-        kept = [output for output, rank in zip(unique, unique_ranks, strict=True) if rank < t]
-    else:
-        share = float("0." + mode.split("-")[1])
-        if not n:
-            return []
-        t = max(sorted(ranks)[int(n * share)], k)
-        kept = [output for output, rank in zip(outputs, ranks, strict=True) if rank < t]
-    return [output for output in kept if output.lstrip(" ")]
-
-
-def default_rule(answers: Answers, share: float) -> tuple[list[int], Counter[str]]:
-    """DESIGN 5.6, one answer after another."""
-    why: Counter[str] = Counter()
-    unique: list[int] = []
-    for index, text in enumerate(answers.texts):
-        if text.strip() == "":
-            why["blank"] += 1
-        elif not answers.finished[index]:
-            why["truncated"] += 1
-        elif text.strip() == answers.target.strip():
-            why["equal to the target"] += 1
-        elif any(text.strip() == answers.texts[other].strip() for other in unique):
-            why["duplicate"] += 1
-        else:
-            unique.append(index)
-    number = 0
-    while number < share * len(unique) - 1e-9:  # the smallest number that is the share or more
-        number += 1
-    remaining, kept = list(unique), []
-    for _ in range(number):
-        least = min(remaining, key=lambda index: answers.similarity[index])
-        remaining.remove(least)
-        kept.append(least)
-    if remaining:
-        why["too similar to the target"] += len(remaining)
-    return sorted(kept), why
-
-
-def check(answers: Answers, k: int) -> None:
-    stored = [text.lstrip(" ") for text in answers.texts]
-    for mode in MODES:
-        found = candidates(answers, mode, 0.75, k)
-        assert [stored[i] for i in found.kept] == original(mode, stored, answers.similarity, k), (
-            mode
-        )
-        assert found.kept == sorted(set(found.kept))
-        assert len(found.kept) + sum(found.dropped.values()) == len(stored)
-    for share in (0.3, 0.5, 0.75, 1.0):
-        found = candidates(answers, "default", share, k)
-        assert (found.kept, found.dropped) == default_rule(answers, share)
-    assert unfiltered(answers).kept == default_rule(answers, 1.0)[0]
-
-
-texts = st.lists(
-    st.sampled_from(["", " ", "\n", "a", " a", "a ", "b", "c", "d", "e\n", "t", " t"]), max_size=14
-)
-
-
-@st.composite
-def any_answers(draw: Any) -> Answers:
-    answers = draw(texts)
-    size = len(answers)
-    few = st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9])  # so that ties are common
-    values = draw(st.lists(few, min_size=size, max_size=size))
-    finished = draw(st.lists(st.booleans(), min_size=size, max_size=size))
-    return Answers("t", answers, finished, values)
-
-
-@settings(max_examples=400, deadline=None)
-@given(answers=any_answers(), k=st.integers(1, 16))
-def test_candidates_are_those_of_the_rules(answers: Answers, k: int) -> None:
-    check(answers, k)
-
-
-@needs_shared
-@pytest.mark.parametrize(
-    "name", ["self_instruct_user_responses", "humaneval_codegen16b_n100", "arena_hard_responses"]
-)
-def test_candidates_on_real_answers(name: str) -> None:
-    rows = shared_rows(f"{name}.jsonl.gz")
-    encoder = HashedNgramEncoder(512)
-    encoder.fit([row["outputs"] for row in rows])
-    for row in rows:
-        # HumanEval's samples have no target: the most frequent one is taken for it
-        target = row.get("target") or Counter(row["outputs"]).most_common(1)[0][0]
-        vectors = encoder.encode([target, *row["outputs"]])
-        values = group_similarity([len(vectors)], vectors.astype(np.float16))[0]
-        answers = Answers(target, row["outputs"], [len(o) < 1000 for o in row["outputs"]], values)
-        check(answers, 4)
-
-
-def test_published_cases_of_the_original() -> None:
-    """32 distinct answers at 75 %: 24 candidates; ties at the threshold drop all tied ones."""
-
-    def count(values: list[float], mode: str, k: int = 1) -> int:
-        texts = [str(i) for i in range(len(values))]
-        return len(candidates(Answers("t", texts, [True] * len(texts), values), mode, 1.0, k).kept)
-
-    distinct = [i / 32 for i in range(32)]
-    assert count(distinct, "lastdedup-75") == 24
-    assert count(distinct, "last-75", k=25) == 25
-    assert count([0.1, 0.2, 0.2, 0.2], "lastdedup-75") == 1
-    assert count([0.5], "lastdedup-75") == 0
-    assert min_ranks([0.5, 0.2, 0.2, 0.9]) == [2, 0, 0, 3]
-
-
-def test_draws_are_nested_and_per_prompt() -> None:
-    kept = [0, 2, 3, 5, 8, 9]
-    full = draw(kept, 6, seed=1, id="x", n=10)
-    assert sorted(full) == kept
-    for k in range(1, 6):
-        assert draw(kept, k, 1, "x", 10) == full[:k]
-    assert draw(kept, 9, 1, "x", 10) == full
-    # a candidate's turn does not depend on the others
-    assert draw([2, 5, 9], 3, 1, "x", 10) == [i for i in full if i in (2, 5, 9)]
-    firsts = Counter(draw(kept, 1, 1, str(i), 10)[0] for i in range(3000))
-    assert set(firsts) == set(kept)
-    assert max(abs(number - 500) for number in firsts.values()) < 5 * 500**0.5
-    assert draw(kept, 6, 2, "x", 10) != full
-
-
-def test_group_similarity_is_the_cosine() -> None:
-    rng = np.random.default_rng(0)
-    groups = [3, 1, 5, 2]
-    vectors = rng.normal(size=(11, 24)).astype(np.float16)
-    vectors[5] = 0
-    found, start = group_similarity(groups, vectors), 0
-    for rows, values in zip(groups, found, strict=True):
-        exact = vectors[start : start + rows].astype(np.float64)
-        lengths = np.linalg.norm(exact, axis=1)
-        dots = exact[1:] @ exact[0]
-        expected = np.divide(
-            dots, lengths[0] * lengths[1:], where=dots != 0, out=np.zeros(rows - 1)
-        )
-        assert values == pytest.approx(expected.tolist(), abs=1e-6)
-        start += rows
-    assert group_similarity([1, 1], vectors[:2]) == [[], []]
 
 
 def prepare(tmp_path: Path, *, num: int = 6, rejected: bool = True) -> dict[str, Path]:
@@ -243,6 +63,11 @@ def run(tmp_path: Path, methods: list[str], inputs: dict[str, Path], **options: 
 
 def ids(made: Work, method: str) -> list[str]:
     return [pair.id for pair in read_pairs(made.path / "pairs" / f"{method}.jsonl")]
+
+
+def similarities(made: Work) -> list[dict[str, Any]]:
+    paths = sorted((made.path / "similarity").glob("*.parquet"))
+    return [row for path in paths for row in read_table(path).to_pylist()]
 
 
 ALL = [
@@ -288,11 +113,7 @@ def test_stage_writes_nested_pairs(tmp_path: Path) -> None:
 def test_stage_keeps_the_least_similar(tmp_path: Path) -> None:
     inputs = prepare(tmp_path)
     made = run(tmp_path, ["self-contrast-1"], inputs, keep_fraction=0.01)
-    rows = [
-        row
-        for path in sorted((made.path / "similarity").glob("*.parquet"))
-        for row in read_table(path).to_pylist()
-    ]
+    rows = similarities(made)
     lowest = {row["id"]: min(row["similarity"][:-1]) for row in rows}  # the last is blank
     for pair in read_pairs(made.path / "pairs" / "self-contrast-1.jsonl"):
         assert pair.similarity == [lowest[pair.id]]
@@ -347,12 +168,174 @@ def test_methods_without_pairs_are_errors(tmp_path: Path) -> None:
 
 def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
     inputs = prepare(tmp_path)
-    write_samples(
-        inputs["sample"] / "part-00001.parquet",
-        [Samples(i, [1], [Response("x", [2], "stop")]) for i in "45"],
-    )
-    with pytest.raises(DataError, match="prompt '4' does not fit its embeddings"):
+    second = inputs["sample"] / "part-00001.parquet"
+    good = second.read_bytes()
+
+    def complaint(rows: list[Samples] | None = None) -> str:
+        if rows is not None:
+            write_samples(second, rows)
+        with pytest.raises(DataError) as caught:
+            run(tmp_path, ["self-contrast-1"], inputs)
+        second.write_bytes(good)
+        return str(caught.value)
+
+    def sampled(id: str, number: int) -> Samples:
+        return Samples(id, [1], [Response(str(j), [2], "stop") for j in range(number)])
+
+    vectors = inputs["embed"] / "part-00001.npy"
+    text = complaint([sampled("4", 1), sampled("5", 7)])
+    assert "part-00001.parquet, row 1: prompt '4' with 1 answers does not fit" in text
+    assert f"('4', 7 vectors) in {vectors}" in text
+    assert "row 2: prompt '3' with 7" in complaint([sampled("4", 6), sampled("3", 7)])
+    assert f"{vectors}: vectors of 2 prompts do not fit the 1 of" in complaint([sampled("4", 6)])
+
+    lines = (inputs["data"] / "train.jsonl").read_text().splitlines(keepends=True)
+    (inputs["data"] / "train.jsonl").write_text("".join([*lines[:4], lines[5], lines[4]]))
+    text = complaint()
+    assert f"{second}, row 2: prompt '5' is not in data/train.jsonl, or not in its order" in text
+    assert "--from sample --force" in text
+    (inputs["data"] / "train.jsonl").write_text("".join(lines))
+
+    (inputs["sample"] / "part-00002.parquet").write_bytes(good)
+    assert "part-00002.parquet are missing; embed again" in complaint()
+    (inputs["sample"] / "part-00002.parquet").unlink()
+    second.unlink()
+    assert f"{vectors}: there are no answers of this shard" in complaint()
+    run(tmp_path, ["self-contrast-1"], inputs)  # all is well again
+
+
+def broken(name: str, inputs: dict[str, Path]) -> Path:
+    """One file of a stage before, torn or meddled with."""
+    folder = "embed" if ".npy" in name or "ids" in name else "sample"
+    path = inputs[folder] / name
+    path.write_bytes(path.read_bytes()[:-30])
+    return path
+
+
+@pytest.mark.parametrize("name", ["part-00001.parquet", "part-00001.npy", "part-00001.ids.json"])
+def test_a_torn_shard_is_named_and_work_is_kept(tmp_path: Path, name: str) -> None:
+    inputs = prepare(tmp_path)
+    path = broken(name, inputs)
+    with pytest.raises(DataError, match=path.stem.split(".")[0]) as caught:
         run(tmp_path, ["self-contrast-1"], inputs)
+    assert str(path.parent) in str(caught.value)
+    assert files_of(tmp_path / "out").keys() == {"similarity/part-00000.parquet"}
+
+
+def test_shards_that_are_none(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    inputs = prepare(tmp_path)
+    path = inputs["sample"] / "part-00000.parquet"
+    table = read_table(path)
+    for column in ("id", "responses"):
+        write_table(path, table.drop_columns([column]))
+        with pytest.raises(DataError, match=rf"{path}: not a shard of answers .*{column}"):
+            run(tmp_path, ["self-contrast-1"], inputs)
+    rows = table.to_pylist()
+    rows[1]["responses"][0]["text"] = None
+    write_table(path, pa.Table.from_pylist(rows, table.schema))
+    with pytest.raises(
+        RecordError, match=r"part-00000\.parquet, line 2: an id or a text is missing"
+    ):
+        run(tmp_path, ["self-contrast-1"], inputs)
+    (inputs["data"] / "train.jsonl").write_text('{"id": "0", "prompt": [], "target": 3}\n')
+    write_table(path, table)
+    with pytest.raises(RecordError, match="line 1: field 'target' is missing or no str"):
+        run(tmp_path, ["self-contrast-1"], inputs)
+
+
+@pytest.mark.parametrize(
+    ("row", "whose"),
+    [
+        *((0, "the target of prompt '4'"), (6, "answer 6 of prompt '4'")),
+        *((7, "the target of prompt '5'"), (9, "answer 2 of prompt '5'")),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite(tmp_path: Path, row: int, whose: str, value: float) -> None:
+    inputs = prepare(tmp_path)
+    path = inputs["embed"] / "part-00001.npy"
+    vectors = np.load(path)
+    vectors[row, 5] = value
+    np.save(path, vectors)
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, ["self-contrast-1"], inputs)
+    assert f"{path}, row {row}: the vector of {whose} is not finite" in str(caught.value)
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["similarity", "lines", "sync"])
+def test_a_disk_that_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    inputs = prepare(tmp_path)
+    whole = files_of(run(tmp_path / "whole", ALL, inputs).path)
+    with monkeypatch.context() as patched:
+        if where == "similarity":
+            second = "part-00001.parquet"
+            patched.setattr(
+                filter,
+                "write_table",
+                lambda p, t: full_disk() if p.name == second else write_table(p, t),
+            )
+        elif where == "lines":
+            patched.setattr(filter._Lines, "write", full_disk)
+        else:  # all was written into the cache of the system, and then there was no room for it
+            patched.setattr(filter.os, "fsync", full_disk)
+            patched.setattr(filter, "write_table", write_without_sync)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, ALL, inputs)
+    left = files_of(tmp_path / "out")
+    shards = {"similarity": 1, "lines": 0, "sync": 2}[where]
+    assert left == {f"similarity/part-0000{i}.parquet": whole[f"similarity/part-0000{i}.parquet"]
+                    for i in range(shards)}  # fmt: skip
+    assert files_of(run(tmp_path, ALL, inputs).path) == whole
+
+
+def write_without_sync(path: Path, table: Any) -> None:
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path)
+
+
+def test_similarity_tells_why_answers_are_dropped(tmp_path: Path) -> None:
+    made = run(tmp_path, ["self-contrast-1", "spin"], prepare(tmp_path), keep_fraction=0.5)
+    reasons: dict[str, int] = {}
+    for row in similarities(made):
+        assert len(row["dropped"]) == len(row["similarity"]) == int(row["id"]) + 2
+        assert row["dropped"][-1] == "blank"
+        kept = [v for v, why in zip(row["similarity"], row["dropped"], strict=True) if not why]
+        cut = [
+            v
+            for v, why in zip(row["similarity"], row["dropped"], strict=True)
+            if why == "too similar to the target"
+        ]
+        assert len(kept) == (int(row["id"]) + 2) // 2
+        assert max(kept) <= min(cut, default=1)
+        for why in row["dropped"]:
+            reasons[why or "kept"] = reasons.get(why or "kept", 0) + 1
+    table = made.notes["rules"]["filtered"]
+    assert table == {
+        **{"prompts": 6, "answers": 27, "kept": reasons.pop("kept")},
+        "dropped": {reason: reasons[reason] for reason in REASONS if reason in reasons},
+    }
+    for reason, number in reasons.items():
+        assert made.counts[f"filtered answers: {reason}"] == number
+    spin = made.notes["rules"]["spin"]
+    assert spin == {"prompts": 6, "answers": 27, "dropped": {"blank": 6}, "kept": 21}
+
+
+def test_a_line_tells_what_became_of_the_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, ["self-contrast-1", "spin"], prepare(tmp_path))
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["filter: 27 answers: 22 % blank, 11 % too similar to the target; 18 candidates"]
+    assert negatives._percent(0.00049) == "under 0.1 %"
+    assert negatives._percent(0.031) == "3.1 %"
 
 
 def test_again_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -379,10 +362,3 @@ def test_zoo_notes_the_share_of_perfect_answers(tmp_path: Path) -> None:
     made = work(tmp_path / "out")
     filter.run(Config.model_validate({"methods": ["self-contrast-2"]}), inputs, made)
     assert made.notes["perfect_share"] == {"self-contrast-2": 0.5}
-
-
-def test_usable_keeps_repeated_answers() -> None:
-    answers = Answers("t", ["a", "a", "", "t", "b"], [True, True, True, True, False], [0.0] * 5)
-    found = usable(answers)
-    assert found.kept == [0, 1]
-    assert found.dropped == {selection.BLANK: 1, selection.TARGET: 1, selection.TRUNCATED: 1}

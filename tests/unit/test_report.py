@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import fake_run
+import numpy as np
 import pytest
+from matplotlib.patches import StepPatch
 
-from scmini.errors import DataError, StoreDamaged
+from scmini.errors import DataError, RecordError, StoreDamaged
 from scmini.evaluation import figures, run_data, wording
 from scmini.evaluation.page import duration, visible
 from scmini.evaluation.win_rate import Comparison
@@ -110,8 +112,84 @@ def test_page_is_self_contained_and_model_text_is_only_text(made: Made) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", page)
     for title in ("What was run", "What this shows", "Training", "Time and memory"):
         assert title in page
-    assert "left out, most similar first" in page
-    assert "taken as negatives" in page
+    assert "taken as negatives: 14 of 24 candidates" in page
+    assert "dropped: 8 of 32 answers" in page
+    assert "(nothing)" in page
+
+
+def test_page_tells_what_became_of_the_answers(made: Made) -> None:
+    page = (made[0] / "index.html").read_text("utf-8")
+    table = page[page.index('<h2 id="similarity">') : page.index("<figcaption>Answers to the")]
+    cells = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr.*?</tr>", table)]
+    assert [" ".join(row) for row in cells] == [
+        "Answers self-contrast-k self-contrast-k-unfiltered",
+        "answers 640 640",
+        "blank 20 3.1 % 20 3.1 %",
+        "truncated 20 3.1 % 20 3.1 %",
+        "too similar to the target 120 18.8 % –",  # noqa: RUF001
+        "candidates 480 75.0 % 600 93.8 %",
+    ]
+    assert "4.2 % of the texts are longer than the encoder reads at once: only their" in page
+    # of the dropped ones each reason has its turn, the most similar answer first
+    first = page[page.index("dropped: 8 of 32") :].split("</section>")[0]
+    assert re.findall(r"<h4>(.*?) <span>(.*?)</span>", first) == [
+        *(("too similar to the target", "0.90"), ("truncated", "0.95"), ("blank", "0.00")),
+        ("too similar to the target", "0.87"),
+    ]
+
+
+def test_only_pairs_that_were_trained_on_count(made: Made) -> None:
+    config = fake_run.config(dpo={"num_prompts": 7})
+    assert len(list(run_data.trained_pairs("self-contrast-4", config, made[1]))) == 7
+    assert run_data.training_facts("self-contrast-4", config, made[1])["prompts"] == 7
+
+
+def test_dropped_answers_repeat_no_text() -> None:
+    rows = [("a", 0.3, "duplicate"), (" a", 0.4, "duplicate"), ("b", 0.2, "duplicate")]
+    answers = [run_data.Candidate(*row) for row in [*rows, ("a", 0.1, "truncated")]]
+    shown = run_data._of_every_kind(answers)
+    assert [(answer.text, answer.reason) for answer in shown] == [
+        *((" a", "duplicate"), ("a", "truncated"), ("b", "duplicate")),
+    ]
+
+
+def test_similarities_against_a_plain_count(made: Made) -> None:
+    taken = {f"t{i}": [0, 3, 29, 30] for i in range(0, 20, 2)}
+    found = run_data.similarities(taken, made[1])
+    kinds: dict[str, list[float]] = {"taken": [], "spared": [], "dropped": []}
+    cuts = []
+    for i in range(0, 20, 2):
+        values = [0.2 + 0.024 * j + 0.002 * i for j in range(30)] + [0.0, 0.95]
+        for j, value in enumerate(values):
+            kinds["dropped" if j >= 24 else "taken" if j in (0, 3) else "spared"].append(value)
+        cuts.append((values[23] + values[24]) / 2)
+    for kind, values in kinds.items():
+        inside = [
+            sum(low <= v < high for v in values)
+            for low, high in zip(run_data.BINS, run_data.BINS[1:], strict=False)
+        ]
+        assert getattr(found, kind).tolist() == inside
+    assert found.cut == pytest.approx(np.quantile(cuts, [0.1, 0.5, 0.9]).tolist())
+    assert run_data.similarities({"no such prompt": []}, made[1]).cut is None
+    assert run_data._cut([0.1, 0.2], [None, "blank"]) is None
+
+
+def test_similarity_figure_stacks_kinds_and_marks_cuts() -> None:
+    edges = [0.0, 0.25, 0.5, 0.75, 1.0]
+    kinds = {"taken": [1, 2, 0, 0], "dropped": [0, 1, 4, 0]}
+    figure = figures.similarity_figure(
+        edges, kinds, (0.4, 0.5, 0.6), [("min_similarity", 0.1), ("max_similarity", 0.7)]
+    )
+    (axes,) = figure.axes
+    tops = [patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)]
+    assert [top.values.tolist() for top in tops] == [[1, 2, 0, 0], [1, 3, 4, 0]]
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.5, 0.1, 0.7]
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels[0] == "taken (3)"
+    assert "cut: 0.50 in the median prompt, 0.40 to 0.60 in 80 %" in labels
+    assert axes.get_xlim() == (0, 0.75)
+    empty = figures.similarity_figure(edges, {"taken": [0] * 4}, None, [])
+    assert not empty.axes[0].lines
 
 
 def test_figures_are_valid_and_repeat(made: Made) -> None:
@@ -196,6 +274,10 @@ def test_broken_inputs_are_named(tmp_path: Path) -> None:
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="no answer to prompt 'p4'"):
         run_data.read_all_generations(["sft"], inputs, [f"p{i}" for i in range(5)])
+    pairs = inputs["filter"] / "pairs" / "dpo.jsonl"
+    pairs.write_text(pairs.read_text().replace("chosen", "choosen", 2))
+    with pytest.raises(RecordError, match=r"dpo\.jsonl, line 1: no pair .*choosen"):
+        list(run_data.trained_pairs("dpo", config, inputs))
     (inputs["data"] / "manifest.json").write_text("{")
     with pytest.raises(StoreDamaged, match=r"manifest\.json"):
         report.stage_results(inputs)
