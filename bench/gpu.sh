@@ -26,6 +26,10 @@ try python -m pytest -q -m gpu tests/unit
 try python bench/run.py head --device cuda --skip-tests
 try python bench/run.py attention --device cuda --skip-tests
 try python bench/run.py packing --device cuda --skip-tests
+# its processor's work, at half the size
+try python bench/run.py filter --device cuda --skip-tests --prompts 100000 --rounds 3
+# needs vLLM here, or SCMINI_VLLM_PYTHON
+try python bench/run.py sample --device cuda --skip-tests --rounds 2
 for case in 512,256,8 128,128,16 1024,512,16 512,256,16 256,1024,16; do
   try python bench/run.py step --device cuda --skip-tests --case "$case" --cap-gib "$cap" --rounds 3
 done

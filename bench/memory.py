@@ -25,7 +25,7 @@ class Peak:
         # What was freed before goes back to the system, or it would hide a part of what comes.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-        self.resident = _status_bytes("VmRSS")
+        self.resident = status_bytes("VmRSS")
 
     def read(self) -> dict[str, int]:
         """`peak_bytes` above the start, `total_peak_bytes` with what was there; on CUDA also what
@@ -36,13 +36,14 @@ class Peak:
             peak = torch.cuda.max_memory_allocated()
             more = {"reserved_bytes": torch.cuda.max_memory_reserved()}
         else:
-            peak, more = _status_bytes("VmHWM"), {}
+            peak, more = status_bytes("VmHWM"), {}
         return {"peak_bytes": peak - self.resident, "total_peak_bytes": peak, **more}
 
 
-def _status_bytes(name: str) -> int:
-    """VmRSS (resident now) or VmHWM (at most, since it was reset) of this process."""
-    for line in Path(f"/proc/{os.getpid()}/status").read_text(encoding="utf-8").splitlines():
+def status_bytes(name: str, process: int | None = None) -> int:
+    """VmRSS (resident now) or VmHWM (at most, since it was reset); by default of this process."""
+    path = Path(f"/proc/{process or os.getpid()}/status")
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc has no {name}")

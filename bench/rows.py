@@ -19,10 +19,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-KINDS = ("step", "head", "attention", "packing")
+KINDS = ("step", "head", "attention", "packing", "filter", "sample")
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "liger-kernel",
-    "cut-cross-entropy", "numpy",
+    "cut-cross-entropy", "numpy", "faiss-cpu",
 )  # fmt: skip
 
 Row = dict[str, Any]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from answer_tables import filter_section, filter_summary, sample_section, sample_summary
+from cells import absent, seconds, table
 from pictures import best_of, case_name
 from rows import KINDS, Row
 
@@ -25,6 +27,8 @@ TITLES = {
     "head": "Log-probabilities without logits",
     "attention": "Attention over a prefix tree",
     "packing": "What the host does per batch",
+    "filter": "Cosines of answers with their targets",
+    "sample": "Drawing answers",
 }
 _MEANINGS = {
     "pack": "token ids to index arrays (`PrefixTree.pack`)",
@@ -60,6 +64,7 @@ def summary(devices: dict[str, Sequence[Row]]) -> str:
         steps = [row for row in found if row["what"] == "step"]
         if steps:
             parts += [_summary_intro(name, steps), _headline_table(steps)]
+        parts += [*filter_summary(found), *sample_summary(found)]
     if not any(name != "cpu" for name in devices):
         parts.append("No GPU has been measured yet.")
     return "\n\n".join(parts)
@@ -104,8 +109,7 @@ def _step(rows: Sequence[Row], _: Sequence[Row]) -> list[str]:
         checkpointing = ", activation checkpointing" if mine[0]["checkpointing"] else ""
         note = f"P,R,k = {case}: {mine[0]['case']['model']}, {mine[0]['dtype']}{checkpointing}"
         parts += [f"**{note}**", _step_table(mine)]
-    absent = _absent(rows)
-    return [*parts, absent] if absent else parts
+    return [*parts, *absent(rows)]
 
 
 def _headline_table(rows: Sequence[Row]) -> str:
@@ -131,7 +135,7 @@ def _headline_table(rows: Sequence[Row]) -> str:
                 _memory_ratio(by_peer, "trl_one_pair", "trees_split"),
             ]
         )
-    return _markdown(heads, lines)
+    return table(heads, lines)
 
 
 def _ratio(*rows: Row | None) -> str:
@@ -171,7 +175,7 @@ def _step_table(rows: Sequence[Row]) -> str:
             [
                 name,
                 f"{row['tokens']:,}",
-                _seconds(row),
+                seconds(row),
                 f"{row['measured_ratio']:.2f}" if "measured_ratio" in row else "",
                 f"{row['predicted_ratio']:.2f}",
                 f"{row['tflops']:.3g}",
@@ -181,12 +185,7 @@ def _step_table(rows: Sequence[Row]) -> str:
                 f"{max(0.0, 1 - error['cosine']):.0e}",
             ]
         )
-    return _markdown(heads, lines)
-
-
-def _seconds(row: Row) -> str:
-    spread = row["seconds"]
-    return f"{spread['median']:.3g} ({spread['p20']:.3g} to {spread['p80']:.3g})"
+    return table(heads, lines)
 
 
 def _operation(rows: Sequence[Row], _: Sequence[Row]) -> list[str]:
@@ -208,9 +207,8 @@ def _operation(rows: Sequence[Row], _: Sequence[Row]) -> list[str]:
                 title = (
                     f"**P,R,k = {case}, {mine[0]['case']['model']}, {mine[0]['dtype']}: {words}**"
                 )
-                parts += [title, _markdown(heads, [_operation_line(row) for row in mine])]
-    absent = _absent(rows)
-    return [*parts, absent] if absent else parts
+                parts += [title, table(heads, [_operation_line(row) for row in mine])]
+    return [*parts, *absent(rows)]
 
 
 def _operation_line(row: Row) -> list[str]:
@@ -249,7 +247,7 @@ def _packing(rows: Sequence[Row], everything: Sequence[Row]) -> list[str]:
             ]
         )
     heads = ["P,R,k", "What", "Tokens", "Milliseconds per prompt", "of a step"]
-    return [_markdown(heads, lines)]
+    return [table(heads, lines)]
 
 
 def _sizes(row: Row) -> tuple[Any, ...]:
@@ -257,23 +255,11 @@ def _sizes(row: Row) -> tuple[Any, ...]:
     return tuple(row["case"][name] for name in ("P", "R", "k", "vocab", "model"))
 
 
-def _absent(rows: Sequence[Row]) -> str:
-    found: dict[str, str] = {}
-    for row in rows:
-        found |= row.get("absent", {})
-    if not found:
-        return ""
-    return "Not measured here: " + "; ".join(f"{name} ({why})" for name, why in found.items()) + "."
-
-
-def _markdown(heads: list[str], lines: list[list[str]]) -> str:
-    rule = ["---"] + ["--:"] * (len(heads) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *lines])
-
-
 _SECTIONS: dict[str, Callable[[Any, Any], list[str]]] = {
     "step": _step,
     "head": _operation,
     "attention": _operation,
     "packing": _packing,
+    "filter": lambda rows, _: filter_section(rows),
+    "sample": lambda rows, _: sample_section(rows),
 }

@@ -7,7 +7,7 @@ reads at once}.
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from scmini.config import Config
 from scmini.console import progress
+from scmini.data.vectors import read_listed, read_vectors_shard
 from scmini.errors import DataError
 from scmini.models.encoders import Encoder, build_encoder
 from scmini.models.hashed_ngrams import Vectors
@@ -63,63 +64,14 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
     work.note("peak_gib", round(peak_gib(), 3))
 
 
-def read_vectors(folder: Path) -> Iterator[tuple[list[tuple[str, int]], Any]]:
-    """By shard what `read_vectors_shard` gives of it, one shard in memory."""
-    for path in sorted(folder.glob("part-*.npy")):
-        yield read_vectors_shard(path)
-
-
-def read_vectors_shard(path: Path) -> tuple[list[tuple[str, int]], Any]:
-    """(id, rows) of the prompts of one part-*.npy in order, and its vectors.
-
-    Returns:
-        The vectors are [rows, dimensions] float16, read-only, and read from the file when they are
-        used (a memory map).
-
-    Raises:
-        DataError: a file is damaged, or the two files of a shard do not fit together.
-    """
-    beside = path.with_suffix(".ids.json")
-    try:
-        groups = [(group["id"], group["rows"]) for group in _read_listed(beside)]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{beside}: not readable ({error})") from None
-    try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not readable ({error})") from None
-    if vectors.ndim != 2 or vectors.dtype != np.float16:
-        raise DataError(
-            f"{path}: expected rows of float16, found {vectors.dtype} of shape {vectors.shape}"
-        )
-    if sum(rows for _, rows in groups) != len(vectors):
-        raise DataError(f"{path}: {len(vectors)} vectors do not fit {beside.name}")
-    return groups, vectors
-
-
 def _finished(output: Path) -> list[dict[str, Any]] | None:
     """What lies beside the vectors of a shard, which are written last; None if it must be made."""
     try:
         if not output.exists():
             return None
-        return _read_listed(output.with_suffix(".ids.json"), _COUNTS)
+        return read_listed(output.with_suffix(".ids.json"), _COUNTS)
     except (OSError, ValueError):
         return None
-
-
-def _read_listed(path: Path, counts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """An .ids.json with id, rows and these counts; `ValueError` says what is wrong with it."""
-    found = json.loads(path.read_bytes())
-    if not isinstance(found, list):
-        raise ValueError("expected a list")
-    for number, group in enumerate(found):
-        if not isinstance(group, dict) or not isinstance(group.get("id"), str):
-            raise ValueError(f"entry {number} has no 'id'")
-        for key in ("rows", *counts):
-            value = group.get(key)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"entry {number}: {key!r} is not a number of rows")
-    return found
 
 
 def _prompts(shard: Path, targets: dict[str, str]) -> Prompts:

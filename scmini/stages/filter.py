@@ -21,9 +21,9 @@ from scmini.data.answers import Answered, read_answers, stream_examples
 from scmini.data.negatives import Chooser
 from scmini.data.selection import Answers
 from scmini.data.similarity import NotFinite, cosines
+from scmini.data.vectors import read_vectors_shard
 from scmini.errors import DataError
 from scmini.records import Example, Pair, write_table
-from scmini.stages.embed import read_vectors_shard
 from scmini.store import Work
 
 _USED = "used"

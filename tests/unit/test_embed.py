@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +16,16 @@ from odd_texts import ODD
 from tiny_bert import HIDDEN, write_published
 
 from scmini.config import Config
+from scmini.data.vectors import read_vectors_shard
 from scmini.errors import DataError
 from scmini.records import Example, Response, Samples, write_examples, write_samples
 from scmini.stages import embed
 from scmini.store import Work, write_atomic
+
+
+def read_vectors(folder: Path) -> Iterator[tuple[list[tuple[str, int]], Any]]:
+    return map(read_vectors_shard, sorted(folder.glob("part-*.npy")))
+
 
 GROUPS = [["one", "two", "two"], [], ["", "target 2"], ["one"], ["three four"]]
 
@@ -47,7 +53,7 @@ def test_embed_stage(tmp_path: Path) -> None:
     config = Config.model_validate({"embed": {"dimensions": 256}})
     made = work(tmp_path / "out")
     embed.run(config, inputs, made)
-    shards = list(embed.read_vectors(made.path))
+    shards = list(read_vectors(made.path))
     assert [groups for groups, _ in shards] == [
         [("0", 4), ("1", 1), ("2", 3)],
         [("3", 2), ("4", 2)],
@@ -83,7 +89,7 @@ def test_with_a_sentence_transformer(tmp_path: Path, long_texts: str, reason: st
     settings = {"encoder": encoder, "max_length": 16, "long_texts": long_texts}
     made = work(tmp_path / "out")
     embed.run(Config.model_validate({"embed": settings}), inputs, made)
-    (_, first), (_, odd) = embed.read_vectors(made.path)
+    (_, first), (_, odd) = read_vectors(made.path)
     assert first.shape == (7, HIDDEN)
     assert bool((first[2] == first[6]).all()) == (long_texts == "truncate")
     blank = sum(not vector.any() for vector in odd)
@@ -224,7 +230,7 @@ def test_one_shard_in_memory(tmp_path: Path) -> None:
         tracemalloc.start()
         try:
             embed.run(Config(), inputs, made)
-            for _, vectors in embed.read_vectors(made.path):
+            for _, vectors in read_vectors(made.path):
                 assert np.isfinite(vectors).all()
             return tracemalloc.get_traced_memory()[1]
         finally:
@@ -306,7 +312,7 @@ def test_damaged_vectors(tmp_path: Path, name: str, content: bytes | None, compl
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    reader = embed.read_vectors(made.path)
+    reader = read_vectors(made.path)
     assert len(next(reader)[1]) == 8
     file = path.name if "vectors do not fit" not in complaint else "part-00001.npy"
     with pytest.raises(DataError, match=rf"{file}: .*{complaint}"):
