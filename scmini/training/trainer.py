@@ -94,8 +94,7 @@ class TreeTrainer(Trainer):
         So that the mean over processes, which DDP and the Trainer take, is the loss of the step.
         """
         step: Step = inputs
-        if not model.training:
-            model.train()
+        model.train()  # every module below it: the model came from loading in eval mode
         self._ids = [group.id for group in step["groups"]]
         self._seed()
         scale = 0.0 if step["idle"] else self.args.world_size / step["weight"]

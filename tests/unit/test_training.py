@@ -24,6 +24,7 @@ from training_helpers import (
 from transformers import TrainingArguments
 
 from scmini.errors import ScminiError
+from scmini.models import loading
 from scmini.sections import TrainingConfig
 from scmini.training import checkpoints, trainer
 from scmini.training.batches import Group
@@ -50,6 +51,23 @@ def _step(
     tree_trainer = _trainer(model, objective, knob, out)
     loss = tree_trainer.training_step(tree_trainer.model, step)
     return loss.item(), gradients(model)
+
+
+def test_a_model_that_comes_in_eval_mode_trains(tmp_path: Path) -> None:
+    """As loading gives it; in eval mode layers would not drop out, and keep all activations."""
+    model = with_lora(tiny_model(), dropout=0.5).eval()
+    tree_trainer = _trainer(model, SFTObjective(), WHOLE, tmp_path)
+    checkpointed: list[bool] = []
+    loading.enable_checkpointing(model)
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.register_forward_pre_hook(lambda m, _: checkpointed.append(m.training))
+    groups = text_groups(2)
+    step = {"groups": groups, "weight": sum(map(SFTObjective().weight, groups)), "idle": False}
+    tree_trainer.training_step(tree_trainer.model, step)
+    assert checkpointed
+    assert all(checkpointed)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
