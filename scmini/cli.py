@@ -22,6 +22,7 @@ from scmini.config import Config
 from scmini.config_file import config_to_yaml, load_config
 from scmini.console import duration, mute, say, size, table, to_stderr, warn
 from scmini.errors import EnvironmentProblem, Interrupted, ScminiError, UsageError
+from scmini.planning import plan, show
 from scmini.stage_graph import STAGES, Task
 
 
@@ -101,6 +102,7 @@ def build_parser() -> _Parser:
     _add_config(status)
     _add_output(status)
     status.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    _add_plan(commands)
     _add_verify(commands)
     _add_export(commands)
     config = commands.add_parser(
@@ -111,6 +113,30 @@ def build_parser() -> _Parser:
     )
     _add_config(config)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="GPU memory, disk and hours of every stage, before anything is loaded",
+        description="GPU memory, disk and hours of every stage, before anything is downloaded or "
+        "loaded. Exit code 4 if a stage cannot fit the card, with the smallest change that would.",
+        allow_abbrev=False,
+    )
+    _add_config(parser)
+    _add_output(parser, default="none; with it, what finished stages took is shown beside")
+    parser.add_argument("--gpu", metavar="NAME", help="a card (default: this machine's, else all)")
+    for what in ("prompt", "response"):
+        parser.add_argument(
+            f"--{what}-tokens", type=_positive, metavar="N", help=f"mean length of a {what}"
+        )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def _add_verify(commands: Any) -> None:
@@ -205,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         actions = {
-            **{"run": _run, "status": _status, "verify": _verify, "config": _config},
+            **{"run": _run, "status": _status, "plan": _plan, "verify": _verify},
+            "config": _config,
             "export": lambda arguments: arguments.export(arguments),
         }
         actions[arguments.command](arguments)
@@ -266,6 +293,18 @@ def _status(arguments: argparse.Namespace) -> None:
     config = _load(arguments, output)
     found = pipeline.status(config, output or _default_folder(config))
     _print(json.dumps(found, indent=1) if arguments.json else _status_table(found))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    made = plan.plan(
+        _load(arguments, arguments.output),
+        gpu=arguments.gpu,
+        prompt_tokens=arguments.prompt_tokens,
+        response_tokens=arguments.response_tokens,
+        run_dir=arguments.output,
+    )
+    _print(json.dumps(plan.document(made), indent=1) if arguments.json else show.text(made))
+    made.check()
 
 
 def _verify(arguments: argparse.Namespace) -> None:

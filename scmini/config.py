@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from scmini.base_section import BaseConfig
 from scmini.sections import (
-    BaseConfig,
     DataConfig,
     DPOConfig,
     EmbedConfig,

@@ -62,79 +62,94 @@ class ModelConfig(Section):
         return self
 
 
-class RewardModelTraining(Section):
-    """A small sequence-classification reward model, trained on the data set's own preferences."""
+class ColumnsConfig(Section):
+    """Which column of the data stands for what, where it has another name than `auto` knows."""
 
-    num_train_epochs: float = Field(2.0, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    pairs_per_step: int = Field(16, ge=1)
-
-
-class BaseConfig(Section):
-    """What a download would bring, made on the spot: tokenizer, a small Llama, a reward model.
-
-    Used when `model.model_name_or_path` is empty.
-    """
-
-    vocab_size: int = Field(1024, ge=300)
-    hidden_size: int = Field(128, ge=16)
-    intermediate_size: int = Field(384, ge=16)
-    num_hidden_layers: int = Field(3, ge=1)
-    num_attention_heads: int = Field(4, ge=1)
-    num_key_value_heads: int = Field(4, ge=1)
-    initializer_range: float = Field(0.06, gt=0)
-    learning_rate: float = Field(3e-3, gt=0)
-    num_train_epochs: float = Field(1.0, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    dialogues_per_step: int = Field(32, ge=1)
-    loss_on: Literal["answers", "all"] = "answers"
-    """Train on the assistant's turns alone, or on every token."""
-    reward_model: RewardModelTraining = RewardModelTraining()
-    tokens_per_microbatch: int = machine(4096, ge=1)
-    save_steps: int = machine(250, ge=1)
-    logging_steps: int = machine(10, ge=1)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "BaseConfig":
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError("num_attention_heads must divide hidden_size")
-        if (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError("hidden_size / num_attention_heads must be even (rotary embeddings)")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError("num_key_value_heads must divide num_attention_heads")
-        return self
+    id: str | None = None
+    prompt: str | None = None
+    """Text (of the user, or a transcript) or messages."""
+    input: str | None = None
+    """Text below the prompt."""
+    system: str | None = None
+    history: str | None = None
+    """Earlier turns, [user, assistant] each."""
+    messages: str | None = None
+    """A whole conversation; its last answer is the target."""
+    target: str | None = None
+    rejected: str | None = None
 
 
 class DataConfig(Section):
-    """Where prompts and targets come from."""
+    """Where prompts and targets come from: files (`path`) or a data set (`dataset_name`)."""
 
-    format: Literal["zoo", "jsonl", "hh-rlhf", "self-contrast"] = "zoo"
-    """`zoo`: the embedded demo; `jsonl`: rows of data/train.jsonl; `hh-rlhf`: raw transcripts;
-    `self-contrast`: response or pair files of the original project."""
+    format: Literal["zoo", "auto", "jsonl", "hh-rlhf", "nectar", "ultrachat", "self-contrast"] = (
+        "zoo"
+    )
+    """`zoo`: the embedded demo; `auto`: the usual shapes, told apart by their columns; `jsonl`:
+    rows of data/train.jsonl; `hh-rlhf`, `nectar`, `ultrachat`: these data sets as published;
+    `self-contrast`: response or pair files of the original project. See docs/data.md."""
     path: str | list[str] | None = None
-    """Files (.jsonl, .jsonl.gz), for `self-contrast` also folders of them; none for `zoo`."""
+    """Files (.jsonl, .json, each also .gz, .parquet) or folders of them; none for `zoo`."""
+    dataset_name: str | None = None
+    """A data set on the Hugging Face hub, or a local copy of its folder; read as a stream."""
+    dataset_config: str | None = None
+    """Its configuration; with `hh-rlhf` one of the four subsets, all of them when empty."""
+    dataset_split: str | None = None
+    """Empty: `train`, with `ultrachat` `train_sft`."""
+    dataset_test_split: str | None = None
+    """Split of the test prompts; empty: they are held out from `dataset_split`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Names of columns, with `auto`: {prompt: question, target: answer}."""
     num_pretraining: int = Field(24000, ge=0)
     """Most dialogues that the stage `base` reads."""
     num_train: int | None = Field(None, ge=1)
     """Most training prompts to take; all when empty."""
     num_test: int = Field(500, ge=1)
     """Held-out prompts on which the methods are judged."""
+    test_prompts: Literal["any", "first-turn"] = "any"
+    """`first-turn`: first questions with their first answers, as the original tests."""
     max_prompt_chars: int | None = Field(None, ge=1)
     """Drop (and count) rows whose prompt is longer."""
     max_target_chars: int | None = Field(None, ge=1)
     """Drop (and count) rows whose target is longer."""
 
     @model_validator(mode="after")
-    def _path_fits_format(self) -> "DataConfig":
-        if self.format == "zoo" and self.path is not None:
-            raise ValueError("path has no effect with format: zoo")
-        if self.format != "zoo" and not self.path:
-            raise ValueError(f"format: {self.format} needs path, the file to read")
+    def _source_fits_format(self) -> "DataConfig":
+        given = {key for key in (*_OF_DATASET, "path", "dataset_name") if getattr(self, key)}
+        named = any(value is not None for value in self.columns.model_dump().values())
+        if named and self.format != "auto":
+            raise ValueError(f"columns has no effect with format: {self.format}")
+        if self.format == "zoo":
+            for key in ("path", "dataset_name", *_OF_DATASET):
+                if key in given:
+                    raise ValueError(f"{key} has no effect with format: zoo")
+            if self.test_prompts != "any":
+                raise ValueError("test_prompts has no effect with format: zoo")
+            return self
+        if "dataset_name" in given and ("path" in given or self.format in _FILES_ONLY):
+            other = "path" if "path" in given else f"format: {self.format}"
+            raise ValueError(f"dataset_name has no effect with {other}")
+        for key in _OF_DATASET:
+            if key in given and "dataset_name" not in given:
+                raise ValueError(f"{key} has no effect without dataset_name")
+        if not given:
+            other = "" if self.format in _FILES_ONLY else ", or dataset_name"
+            raise ValueError(f"format: {self.format} needs path, the file to read{other}")
+        return self
+
+    @model_validator(mode="after")
+    def _zoo_has_enough(self) -> "DataConfig":
         if self.format == "zoo":
             for key, most in ZOO_MOST.items():
                 if (getattr(self, key) or 0) > most:
                     raise ValueError(f"{key}: the zoo has no more than {most:,} different prompts")
         return self
+
+
+_OF_DATASET = ("dataset_config", "dataset_split", "dataset_test_split", "revision")
+_FILES_ONLY = ("jsonl", "self-contrast")
 
 
 class TrainingConfig(Section):

@@ -244,6 +244,9 @@ def _sources(config: Config, task: Task) -> dict[str, str]:
     if task.stage == "data":
         for path in data_files(config.data):
             found[f"data.path {path}"] = _file(path)
+        if config.data.dataset_name:
+            name = _model(config.data.dataset_name, config.data.revision)
+            found["data.dataset_name"] = name
     for key, (name, revision) in _models(config, task).items():
         found[key] = _model(name, revision)
     return found
@@ -281,7 +284,10 @@ def check_sources(config: Config) -> None:
     for stage in {task.stage for task in tasks(config)} & {"sample", "generate"}:
         _check_engine(stage, getattr(config, stage))
     for task in tasks(config):
-        for key, (name, _) in _models(config, task).items():
+        named = {key: name for key, (name, _) in _models(config, task).items()}
+        if task.stage == "data" and config.data.dataset_name:
+            named["data.dataset_name"] = config.data.dataset_name
+        for key, name in named.items():
             if name.startswith((".", "/", "~")) and not Path(name).is_dir():
                 raise DataError(f"{key}: the folder {name} does not exist")
 

@@ -9,9 +9,8 @@ reason out of `REASONS`.
 import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from pathlib import Path
 
-from scmini.data.readers import Drop, read_rows, row_id, text_field
+from scmini.data.readers import Drop, Row, text_field
 from scmini.records import Example, Message
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -27,6 +26,7 @@ EMPTY_REJECTED = "empty rejected"
 STRAY_MARKER = "role marker inside an answer"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 SAME_ANSWERS = "chosen equals rejected"
+BEGUN_ANSWER = "prompt ends in the middle of an answer"
 REASONS = (
     NOT_HUMAN_FIRST,
     NOT_ASSISTANT_LAST,
@@ -37,6 +37,7 @@ REASONS = (
     STRAY_MARKER,
     PROMPTS_DIFFER,
     SAME_ANSWERS,
+    BEGUN_ANSWER,
 )
 
 
@@ -87,17 +88,32 @@ def parse_row(id: str, chosen: str, rejected: str) -> Example:
     return Example(id, good, target, [refused])
 
 
-def read_hh_rlhf(paths: Iterable[Path], drop: Drop) -> Iterator[Example]:
-    """Examples of raw files in order; `drop` is told the reason for every row left out.
+def parse_open_transcript(text: str) -> list[Message]:
+    """The turns of a prompt that is a transcript, up to the person's last one.
+
+    It ends where the assistant's answer would begin, with or without its marker.
+
+    Raises:
+        OddTranscript: with one of `REASONS`.
+    """
+    markers = _TURN.findall(text)
+    turns = parse_transcript(text if markers[-1:] == ["Assistant"] else f"{text}\n\nAssistant:")
+    if turns.pop()["content"]:
+        raise OddTranscript(BEGUN_ANSWER)
+    return turns
+
+
+def read_hh_rlhf(rows: Iterable[Row], drop: Drop) -> Iterator[Example]:
+    """Examples of raw rows in order; `drop` is told the reason for every row left out.
 
     Raises:
         DataError: a file cannot be read. RecordError: a row has no `chosen` or `rejected` text.
     """
-    for path in paths:
-        for number, row in read_rows(path):
-            chosen = text_field(path, number, row, "chosen")
-            rejected = text_field(path, number, row, "rejected")
-            try:
-                yield parse_row(row_id(path, number), chosen, rejected)
-            except OddTranscript as odd:
-                drop(str(odd))
+    for row in rows:
+        chosen, rejected = (
+            text_field(row.path, row.number, row.values, key) for key in ("chosen", "rejected")
+        )
+        try:
+            yield parse_row(row.id, chosen, rejected)
+        except OddTranscript as odd:
+            drop(str(odd), row)

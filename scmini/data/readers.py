@@ -1,4 +1,4 @@
-"""Rows of .jsonl and .jsonl.gz files from outside, each checked to be a JSON object in UTF-8.
+"""Rows of files from outside: JSON lines, JSON, Parquet; each an object of readable texts.
 
 And what all formats have in common: which files are read, and what an example must have.
 """
@@ -7,22 +7,38 @@ import gzip
 import json
 import shlex
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from scmini.errors import DataError, RecordError
 from scmini.records import ROLES, Example, Message, parse_row
 from scmini.sections import DataConfig
 
-Drop: TypeAlias = Callable[[str], None]
-"""Told the reason for which a row is left out."""
+
+class Row(NamedTuple):
+    """A row from outside, of a file or of one split of a data set."""
+
+    path: Path
+    """The file; for a data set of the hub its name and split, written like one."""
+    number: int
+    """Line or row, from 1."""
+    values: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return row_id(self.path, self.number)
+
+
+Drop: TypeAlias = Callable[[str, Row | Example], None]
+"""Told the reason for which a row, or an answer of it, is left out, and the row or its example."""
 
 EMPTY_PROMPT = "empty prompt"
 EMPTY_TARGET = "empty target"
 USELESS_REJECTED = "rejected answers that are empty or equal the target"
 
-_ROWS = (".jsonl", ".jsonl.gz")
+_ROWS = (".jsonl", ".jsonl.gz", ".parquet")
+_LFS_POINTER = b"version https://git-lfs.github.com"
 _DUMP = "[print(json.dumps(row, default=lambda a: a.tolist())) for row in rows]"
 _PICKLES = {
     ".pkl": "import json, pickle, sys; rows = pickle.load(open(sys.argv[1], 'rb')); " + _DUMP,
@@ -35,14 +51,12 @@ _PICKLES = {
 def data_files(data: DataConfig) -> list[Path]:
     """The files that `data.path` names; none for the demo.
 
-    A folder stands for the .jsonl and .jsonl.gz files in it, by name (`self-contrast` only).
+    A folder stands for the .jsonl, .jsonl.gz and .parquet files in it, by name.
 
     Raises:
         DataError: a folder without such files, or a pickle.
     """
     named = [data.path] if isinstance(data.path, str) else data.path or []
-    if data.format != "self-contrast":
-        return [Path(path) for path in named]
     found = [file for path in named for file in _files_in(Path(path))]
     for path in found:
         if path.suffix.lower() in (".pickle", *_PICKLES):
@@ -58,7 +72,10 @@ def _files_in(path: Path) -> list[Path]:
     if not found and (pickles := [file for file in files if file.suffix in _PICKLES]):
         return pickles
     if not found:
-        raise DataError(f"data.path: the folder {path} holds no .jsonl file; name one that does")
+        raise DataError(
+            f"data.path: the folder {path} holds no .jsonl file and no .parquet file; name one "
+            "that does"
+        )
     return found
 
 
@@ -73,17 +90,31 @@ def _refusal(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each non-empty line.
+    """Yield (number from 1, object) for each non-empty line, or each row of a Parquet file.
 
     Lines end at a line feed only: other characters that Unicode calls line ends occur inside texts.
+    A .json or .json.gz file may also be one array of objects, which is held in memory.
 
     Raises:
-        DataError: the file cannot be read, or its compressed data breaks off; names file and line.
+        DataError: the file cannot be read, or its data breaks off; names file and line.
         RecordError: a line is not UTF-8, not JSON, or not an object.
     """
-    for number, raw in _lines(path):
-        if raw.strip():
-            yield number, _row(path, number, raw)
+    _refuse_pointer(path)
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.name.endswith((".json", ".json.gz")) and _is_array(path):
+        yield from _array_rows(path)
+    else:
+        for number, raw in _lines(path):
+            if raw.strip():
+                yield number, _row(path, number, raw)
+
+
+def file_rows(paths: Iterable[Path]) -> Iterator[Row]:
+    """The rows of several files in order; raises what `read_rows` raises."""
+    for path in paths:
+        for number, values in read_rows(path):
+            yield Row(path, number, values)
 
 
 def row_id(path: Path, number: int) -> str:
@@ -123,15 +154,15 @@ def usable(example: Example, drop: Drop) -> Example | None:
     blank or equal the target are left out one by one.
     """
     if not example.prompt or not example.prompt[-1]["content"].strip():
-        drop(EMPTY_PROMPT)
+        drop(EMPTY_PROMPT, example)
         return None
     target = example.target.strip()
     if not target:
-        drop(EMPTY_TARGET)
+        drop(EMPTY_TARGET, example)
         return None
     useful = [text for text in example.rejected if text.strip() and text.strip() != target]
     for _ in range(len(example.rejected) - len(useful)):
-        drop(USELESS_REJECTED)
+        drop(USELESS_REJECTED, example)
     return Example(example.id, example.prompt, example.target, useful)
 
 
@@ -157,10 +188,73 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path}: {error.strerror or error}") from None
 
 
+def _refuse_pointer(path: Path) -> None:
+    try:
+        with open(path, "rb") as handle:
+            begin = handle.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    if begin == _LFS_POINTER:
+        raise DataError(
+            f"{path}: this is a pointer of git-lfs, not the data; run `git lfs pull` in its folder"
+        )
+
+
+def _is_array(path: Path) -> bool:
+    for _, raw in _lines(path):
+        if raw.strip():
+            return raw.lstrip().startswith(b"[")
+    return False
+
+
+def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    content = b"".join(raw for _, raw in _lines(path))
+    try:
+        rows = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecordError(path, line, f"not UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise RecordError(path, error.lineno, f"not JSON ({error.msg})") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON ({error})") from None
+    escapes = b"\\ud" in content.lower()
+    del content
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            problem = f"expected an array of objects, got {type(row).__name__}"
+            raise RecordError(path, number, problem)
+        if escapes and _has_lone_surrogate(row):
+            raise RecordError(path, number, _LONE_SURROGATE)
+        yield number, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        first = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path}: not a readable Parquet file after row {number} ({first}); "
+            "fetch or copy it again"
+        ) from None
+
+
+_LONE_SURROGATE = "an escape \\ud... lacks its other half"
+
+
 def _row(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     row = parse_row(path, number, raw)
     if b"\\ud" in raw.lower() and _has_lone_surrogate(row):
-        raise RecordError(path, number, "an escape \\ud... lacks its other half")
+        raise RecordError(path, number, _LONE_SURROGATE)
     return row
 
 

@@ -28,6 +28,7 @@ from scmini.data.hh_rlhf import (
 )
 from scmini.data.readers import (
     Drop,
+    Row,
     claim_id,
     message,
     read_rows,
@@ -123,7 +124,7 @@ def _rows(path: Path, drop: Drop) -> Iterator[_Row]:
         try:
             prompt = _prompt(path, number, row, target)
         except OddTranscript as odd:
-            drop(str(odd))
+            drop(str(odd), Row(path, number, row))
             continue
         id = _own_id(path, number, row)
         yield _Row(
@@ -260,7 +261,7 @@ def _answers(path: Path, number: int, row: dict[str, Any], drop: Drop) -> list[s
         return answers
     if " " in answers:
         return ["".join(answers)]
-    drop(BROKEN_UP)
+    drop(BROKEN_UP, Row(path, number, row))
     return []
 
 

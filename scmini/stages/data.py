@@ -5,18 +5,19 @@ Where the stage `base` trains the model itself, it also writes what that reads: 
 `sample` takes the answers that came with the data, they are written to responses.jsonl.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from scmini import console
 from scmini.config import Config
 from scmini.data import zoo
-from scmini.data.hh_rlhf import read_hh_rlhf
-from scmini.data.jsonl import read_examples_jsonl
-from scmini.data.readers import data_files
-from scmini.data.self_contrast import AnswerFile, read_self_contrast
+from scmini.data.importers import read_examples
+from scmini.data.readers import Row
+from scmini.data.self_contrast import AnswerFile
 from scmini.data.split import prompt_digest, split, within_limits
 from scmini.errors import DataError
 from scmini.records import Example, Message, write_examples, write_jsonl
@@ -29,8 +30,8 @@ ZOO_CAREFUL_DIALOGUES = 0.65
 """Share of careful answers in what the demo's base model reads."""
 ZOO_NUM_TRAIN = 3072
 """Training prompts of the demo where data.num_train is empty."""
-
-
+NOTED_CHARS, SHOWN_CHARS = 300, 100
+"""Of a row that is left out: characters in the manifest and on the screen."""
 WITHOUT_ANSWERS = "training prompts without an answer in the data"
 
 
@@ -87,26 +88,57 @@ def _examples(rows: list[dict[str, Any]]) -> list[Example]:
 
 
 def _from_files(data: DataConfig, work: Work, answers: AnswerFile | None) -> Sides:
-    usable = within_limits(
-        _with_distinct_ids(_read(data, work, answers)),
-        data.max_prompt_chars,
-        data.max_target_chars,
-        work.count,
+    drop = _Dropped(work)
+    taken: set[str] = set()
+
+    def usable(name: str | None) -> list[Example]:
+        answered = answers.add if answers else None
+        found = read_examples(data, drop, split=name, taken=taken, answered=answered)
+        return list(within_limits(found, data.max_prompt_chars, data.max_target_chars, drop))
+
+    tests = usable(data.dataset_test_split) if data.dataset_test_split else None
+    examples = usable(None)
+    _check_ids(chain(tests or (), examples))
+    train, test = split(
+        examples,
+        data.num_test,
+        drop,
+        tests=tests,
+        first_turn=data.test_prompts == "first-turn",
     )
-    train, test = split(usable, data.num_test, work.count)
+    if drop.samples:
+        work.note("dropped", drop.samples)
     return train, test, _dialogues(train)
 
 
-def _read(data: DataConfig, work: Work, answers: AnswerFile | None) -> Iterable[Example]:
-    paths = data_files(data)
-    if data.format == "self-contrast":
-        return read_self_contrast(paths, work.count, answers.add if answers else _not_wanted)
-    reader = read_hh_rlhf if data.format == "hh-rlhf" else read_examples_jsonl
-    return reader(paths, work.count)
+class _Dropped:
+    """Counts what is left out, and shows the first of each reason."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self.samples: dict[str, str] = {}
+        """Reason -> the row or example, cut."""
+
+    def __call__(self, reason: str, what: Row | Example) -> None:
+        self._work.count(reason)
+        if reason not in self.samples:
+            self.samples[reason] = _one_line(f"{what.id}: {_shown(what)}")[:NOTED_CHARS]
+            console.say(f"left out, {reason}: {self.samples[reason][:SHOWN_CHARS]}")
 
 
-def _not_wanted(_id: str, _answers: list[str]) -> None:
-    """The answers are sampled by the model."""
+def _shown(what: Row | Example) -> str:
+    if isinstance(what, Example):
+        return " ... ".join([*(turn["content"] for turn in what.prompt), what.target])
+    try:
+        return json.dumps(what.values, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "nested too deeply to be shown"
+
+
+def _one_line(text: str) -> str:
+    """Without line ends, escape sequences and characters that turn the direction of writing."""
+    plain = (c if c.isprintable() else " " for c in console.clean(text))
+    return " ".join("".join(plain).split())
 
 
 def _write_responses(train: list[Example], answers: AnswerFile, work: Work) -> None:
@@ -132,7 +164,7 @@ def _write_responses(train: list[Example], answers: AnswerFile, work: Work) -> N
     work.note("answers", total)
 
 
-def _with_distinct_ids(examples: Iterable[Example]) -> Iterator[Example]:
+def _check_ids(examples: Iterable[Example]) -> None:
     """Ids made of file names clash where files of one name lie in different folders."""
     seen: set[str] = set()
     for example in examples:
@@ -141,7 +173,6 @@ def _with_distinct_ids(examples: Iterable[Example]) -> Iterator[Example]:
                 f"data.path: two files give the id {example.id!r}; give the files different names"
             )
         seen.add(example.id)
-        yield example
 
 
 def _dialogues(train: list[Example]) -> Iterator[list[Message]]:

@@ -13,6 +13,7 @@ RANKS = [
     {
         "scmini.config",
         "scmini.sections",
+        "scmini.base_section",
         "scmini.records",
         "scmini.chat",
         "scmini.store",
@@ -29,6 +30,7 @@ RANKS = [
         "scmini.stage_graph",
         "scmini.run_folder",
         "scmini.pipeline",
+        "scmini.planning",
         "scmini.export",
         "scmini.worker",
         "scmini.verify",

@@ -215,6 +215,9 @@ def test_shipped_configurations_survive_the_way_to_yaml_and_back(name: str) -> N
     assert config_to_yaml(again) == text
 
 
+_REWARD = ["reward.model_name_or_path=r"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -225,6 +228,8 @@ def test_shipped_configurations_survive_the_way_to_yaml_and_back(name: str) -> N
         ["data.format=jsonl", "data.path=no", "reward.model_name_or_path='1e5'"],
         ["data.format=jsonl", "data.path=[a, 'true']", "data.max_prompt_chars=10"],
         ["model.model_name_or_path=m", "model.revision='12'"],
+        ["data={format: auto, path: x, columns: {prompt: 'no', target: a}}", *_REWARD],
+        ["data={format: ultrachat, dataset_name: a/b, dataset_test_split: t}", *_REWARD],
     ],
 )
 def test_the_way_to_yaml_and_back(overrides: list[str]) -> None:
@@ -253,3 +258,38 @@ def test_machine_keys_stay_out_of_recipes() -> None:
 def test_what_the_demo_cannot_be(key: str, value: int, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_config("demo", [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("{dataset_name: a/b}", "dataset_name has no effect with format: zoo"),
+        ("{test_prompts: first-turn}", "test_prompts has no effect with format: zoo"),
+        ("{columns: {prompt: q}}", "columns has no effect with format: zoo"),
+        ("{format: auto}", "format: auto needs path, the file to read, or dataset_name"),
+        ("{format: jsonl}", "format: jsonl needs path, the file to read"),
+        ("{format: jsonl, dataset_name: a/b}", "dataset_name has no effect with format: jsonl"),
+        ("{format: auto, dataset_name: a/b, path: c}", "dataset_name has no effect with path"),
+        ("{format: auto, path: c, revision: v1}", "revision has no effect without dataset_name"),
+        (
+            "{format: nectar, path: c, columns: {id: x}}",
+            "columns has no effect with format: nectar",
+        ),
+    ],
+)
+def test_sources_of_data(data: str, says: str) -> None:
+    assert problems(f"data: {data}") == [f"data: {says}"]
+
+
+def test_wrong_names_of_columns() -> None:
+    assert problems("data: {format: auto, path: c, columns: {promt: q}}") == [
+        "data.columns.promt: no such key; did you mean data.columns.prompt?"
+    ]
+
+
+def test_files_in_the_place_of_a_data_set() -> None:
+    """What a recipe takes from the hub can be read from files, by one override."""
+    text = "data: {format: hh-rlhf, dataset_name: a/b, dataset_split: train, revision: v1}"
+    config = parse_config(text, "x", ["data.path=[a.jsonl.gz]", *_REWARD])
+    assert config.data.path == ["a.jsonl.gz"]
+    assert config.data.dataset_name is None

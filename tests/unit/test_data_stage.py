@@ -167,9 +167,104 @@ def test_real_transcripts(tmp_path: Path) -> None:
     assert 120 < sum(sources) < 280  # the two files are mixed
 
 
+def test_prompts_that_differ_in_case_or_space_are_one(tmp_path: Path) -> None:
+    texts = ("What  is {}?", "what is {}?", " WHAT IS\n{}? ")
+    rows = [row(i, prompt=text.format(i)) for i in range(12) for text in texts]
+    made = run(tmp_path, rows)
+    train, test = (read_examples(made.path / f"{side}.jsonl") for side in ("train", "test"))
+    asked = [{e.prompt[0]["content"].split()[2] for e in side} for side in (train, test)]
+    assert not asked[0] & asked[1]
+    assert (len(train), len(test)) == (27, 3)
+    assert made.counts == {split.LEAKED: 6}
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+
+
+def test_first_turns(tmp_path: Path) -> None:
+    """A dialogue is tested with its opening, and no dialogue that begins so is trained on."""
+    rows = [
+        {"messages": turns(f"q{i}", f"a{i}{j}", *([f"r{j}", "b"] if j else []))}
+        for i in range(10)
+        for j in (2, 0, 1)
+    ]
+    made = run(tmp_path, rows, format="auto", num_test=4, test_prompts="first-turn")
+    train, test = (read_examples(made.path / f"{side}.jsonl") for side in ("train", "test"))
+    tested = {example.prompt[0]["content"] for example in test}
+    assert len(tested) == len(test) == 4
+    assert all(e.target == f"a{e.prompt[0]['content'][1:]}0" for e in test), "the shortest is taken"
+    assert len(train) == 18
+    assert not tested & {example.prompt[0]["content"] for example in train}
+    assert made.counts == {split.LEAKED: 8}
+    longer = [Example("x", turns("q", "a", "r"), "b", ["c"])]
+    others = [Example("y", turns("o"), "b")]
+    found = split.split(others, 1, print, tests=longer, first_turn=True)
+    assert found == (others, [Example("x", turns("q"), "a")])
+
+
+def test_a_test_split_of_its_own() -> None:
+    train = [Example(f"t{i}", turns(f"Q {i}"), "a") for i in range(8)]
+    tests = [Example(f"e{i}", turns(f"q  {i % 10}"), "a") for i in range(6, 26)]
+    drops: list[str] = []
+
+    def run(num_test: int) -> tuple[list[Example], list[Example]]:
+        drops.clear()
+        return split.split(train, num_test, lambda r, e: drops.append(f"{r} {e.id}"), tests=tests)
+
+    left, tested = run(3)
+    numbers = {int(e.id[1:]) % 10 for e in tested}
+    assert len(numbers) == len(tested) == 3
+    assert {e.id for e in left} == {f"t{i}" for i in range(8) if i not in numbers}
+    assert len(drops) == 3 + sum(f"t{i}" in " ".join(drops).split() for i in range(8))
+    assert run(3)[1] == tested
+    with pytest.raises(DataError, match="gives 10 test prompts and leaves 0 to train on"):
+        run(20)
+    with pytest.raises(DataError, match="gives 0 test prompts"):
+        split.split(train, 3, print, tests=[])
+
+
+def test_the_first_of_each_reason_is_shown_and_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "\x1b[31mred\u202e\n\nline\ttab\x07 " + "x" * 500
+    rows = [row(i) for i in range(9)] + [
+        row(9, target="", prompt=odd),
+        row(10, target=" ", prompt="not shown"),
+        row(11, rejected=[""]),
+    ]
+    made = run(tmp_path, rows)
+    assert made.counts == {readers.EMPTY_TARGET: 2, readers.USELESS_REJECTED: 1}
+    said = [text for text in capsys.readouterr().err.split("\n") if text]
+    assert said[0].startswith(f"left out, {readers.EMPTY_TARGET}: rows-000010: red line tab xxx")
+    assert len(said[0]) == len(f"left out, {readers.EMPTY_TARGET}: ") + 100
+    assert said[1] == (
+        f"left out, {readers.USELESS_REJECTED}: rows-000012: what is 11? ... it is 11"
+    )
+    assert len(said) == 2
+    noted = made.notes["dropped"]
+    assert list(noted) == list(made.counts)
+    assert len(noted[readers.EMPTY_TARGET]) == 300
+
+
+def test_a_row_that_cannot_be_shown(tmp_path: Path) -> None:
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    made = work(tmp_path)
+    data._Dropped(made)("odd", readers.Row(Path("x"), 1, {"a": nested, "b": b"\xff"}))
+    data._Dropped(made)("odd", readers.Row(Path("x"), 1, {"a": b"\xff", "b": float("nan")}))
+    assert made.counts == {"odd": 2}
+
+
 def test_limits_count_all_messages() -> None:
     long = Example("a", [{"role": "user", "content": "xx"}, {"role": "user", "content": "yy"}], "z")
     drops: list[str] = []
-    assert split.within_limits([long], 4, 1, drops.append) == [long]
-    assert split.within_limits([long], 3, 1, drops.append) == []
+
+    def dropped(reason: str, example: Any) -> None:
+        assert example is long
+        drops.append(reason)
+
+    assert list(split.within_limits([long], 4, 1, dropped)) == [long]
+    assert list(split.within_limits([long], 3, 1, dropped)) == []
     assert drops == [split.LONG_PROMPT]

@@ -304,7 +304,11 @@ def test_what_is_exported_comes_back(
     pairs = [pair(str(i), *values) for i, values in enumerate(drawn)]
     done = export_pairs(make_run(folder, {"spin": pairs}), "self-contrast", layout=layout)
     drops: list[str] = []
-    found = list(read_self_contrast([done.files[0].path], drops.append, dict[str, Any]().update))
+    found = list(
+        read_self_contrast(
+            [done.files[0].path], lambda reason, _: drops.append(reason), dict[str, Any]().update
+        )
+    )
     wanted: list[tuple[list[Message], str, list[str]]] = []
     longest = [len([t for t in prompt if t["role"] != "system"]) > 1 for prompt, _, _ in drawn]
     if True in longest:  # the first with earlier turns stands in front

@@ -10,6 +10,7 @@ from data_helpers import SHARED, needs_shared, shared_rows, write_lines
 
 from scmini.data import hh_rlhf
 from scmini.data.hh_rlhf import OddTranscript, parse_row, parse_transcript, read_hh_rlhf
+from scmini.data.readers import file_rows
 from scmini.errors import DataError, RecordError
 
 
@@ -77,12 +78,12 @@ def test_files(tmp_path: Path) -> None:
         ],
     )
     drops: Counter[str] = Counter()
-    found = list(read_hh_rlhf([path], lambda reason: drops.update([reason])))
+    found = list(read_hh_rlhf(file_rows([path]), lambda reason, _: drops.update([reason])))
     assert [e.id for e in found] == ["a-000001"]
     assert drops == {hh_rlhf.SAME_ANSWERS: 1}
     broken = write_lines(tmp_path / "b.jsonl", [{"chosen": GOOD, "rejected": 3}])
     with pytest.raises(RecordError, match=r"b.jsonl, line 1: field 'rejected'"):
-        list(read_hh_rlhf([broken], print))
+        list(read_hh_rlhf(file_rows([broken]), print))
 
 
 def test_damaged_files_name_file_and_line(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_damaged_files_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"torn.jsonl.gz: the compressed data is damaged after line [1-9]"
     ):
-        list(read_hh_rlhf([torn], print))
+        list(read_hh_rlhf(file_rows([torn]), print))
     for content, message in [
         (b"\xff\xfe{}\n", "line 1: not UTF-8"),
         (b"\n{]\n", "line 2: not JSON"),
@@ -106,9 +107,9 @@ def test_damaged_files_name_file_and_line(tmp_path: Path) -> None:
         path = tmp_path / "bad.jsonl"
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
-            list(read_hh_rlhf([path], print))
+            list(read_hh_rlhf(file_rows([path]), print))
     with pytest.raises(DataError, match="No such file"):
-        list(read_hh_rlhf([tmp_path / "none.jsonl"], print))
+        list(read_hh_rlhf(file_rows([tmp_path / "none.jsonl"]), print))
 
 
 @needs_shared
@@ -121,7 +122,9 @@ def test_every_row_of_the_real_files_is_imported_or_dropped_for_a_reason(name: s
     """
     drops: list[str] = []
     raw = SHARED / "data" / f"hh_{name}-base_raw.jsonl.gz"
-    found = {e.id: e for e in read_hh_rlhf([raw], drops.append)}
+    found = {
+        e.id: e for e in read_hh_rlhf(file_rows([raw]), lambda reason, _: drops.append(reason))
+    }
     rows = shared_rows(f"hh_{name}-base.jsonl.gz")
     assert len(found) + len(drops) == len(rows)
     assert set(drops) <= set(hh_rlhf.REASONS)

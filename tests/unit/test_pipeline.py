@@ -27,7 +27,7 @@ def test_a_whole_run_and_what_a_change_runs_again(
     assert executed() == everything
     assert set(states(pipeline.status(config(), run_dir)).values()) == {"done"}
     error = capsys.readouterr().err
-    assert "dpo self-contrast-4: 1/1 steps, loss 0.5" in error
+    assert "dpo self-contrast-4: 1/1 steps (100 %), loss 0.5" in error
 
     began = time.monotonic()
     pipeline.run(config(), run_dir)

@@ -34,7 +34,7 @@ def read(tmp_path: Path, rows: list[Any], name: str = "train.jsonl") -> Read:
     drops: list[str] = []
     found = list(
         self_contrast.read_self_contrast(
-            [path], drops.append, lambda id, a: answers.update({id: a})
+            [path], lambda reason, _: drops.append(reason), lambda id, a: answers.update({id: a})
         )
     )
     return found, answers, drops

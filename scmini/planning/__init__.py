@@ -1,0 +1,1 @@
+"""Memory, disk and hours of a run, counted before anything is downloaded or loaded."""
