@@ -73,8 +73,10 @@ def write_answers(
             for answered in engine.stream(shards, plan.n, plan.seed):
                 work.take(answered)
         finally:
-            work.journal.sync()
-            engine.close()
+            try:
+                work.journal.sync()
+            finally:  # on a full disk, too
+                engine.close()
         write_atomic(facts, json.dumps(engine.facts).encode())
     return dict(json.loads(facts.read_bytes())) if facts.exists() else {}
 

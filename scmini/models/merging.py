@@ -26,5 +26,8 @@ def merge_adapter(config: ModelConfig, source: str, adapter: Path, out: Path) ->
     shutil.rmtree(torn, ignore_errors=True)
     load_for_merging(config, source, adapter).save_pretrained(torn, safe_serialization=True)
     load_tokenizer(str(adapter)).save_pretrained(torn)
+    for path in torn.iterdir():
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
     os.replace(torn, out)
     return out

@@ -7,7 +7,8 @@ process per engine is what gives the GPU's memory back, also after a start that 
              {"id", "prompt": ids, "n", "max_tokens", "seed"}
     stdout   {"ready": {...}}; then, in the order in which they finish, {"id", "answers":
              [[ids, finish_reason] x n]} or {"id", "refused": why}; after stdin has ended
-             {"ended": {...}}; where the engine fails, {"error": why} with exit code 1
+             {"ended": {...}}; where the engine fails, {"error": why} with exit code 1; and every
+             half minute {"beat": true}, for as long as the engine takes one step after the other
 
 What libraries print goes to stderr.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib.util
+import itertools
 import json
 import os
 import queue
@@ -23,10 +26,12 @@ import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
+BEAT_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 
 Request = dict[str, Any]
@@ -47,9 +52,14 @@ def main() -> None:
         else:
             _serve(job, settings, requests, answers)
     except BaseException as error:
-        traceback.print_exc()
-        _send(answers, {"error": f"{type(error).__name__}: {error}"})
-        os._exit(1)  # an orderly end would wait for the thread that reads
+        _fail(answers, error)
+
+
+def _fail(answers: TextIO, error: BaseException) -> NoReturn:
+    """End without the engine, and say why."""
+    traceback.print_exception(error)
+    _send(answers, {"error": f"{type(error).__name__}: {error}"})
+    os._exit(1)  # an orderly end would wait for the thread that reads
 
 
 def _settings(job: dict[str, Any]) -> dict[str, Any]:
@@ -61,12 +71,24 @@ def _settings(job: dict[str, Any]) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "disable_log_stats": True,
     }
-    if job["engine"]["quantization"] != "bitsandbytes":  # which has a loader of its own
-        settings["load_format"] = "safetensors"
+    bitsandbytes = job["engine"]["quantization"] == "bitsandbytes"
+    if bitsandbytes and not _has_bitsandbytes():
+        raise ModuleNotFoundError(
+            "quantization: bitsandbytes needs the package vllm-bnb-plugin beside this vLLM: "
+            f"{sys.executable} -m pip install vllm-bnb-plugin"
+        )
+    settings["load_format"] = "bitsandbytes" if bitsandbytes else "safetensors"
     if job["adapter"]:
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": job["max_lora_rank"]}
     print(f"scmini: settings of the engine: {settings}", file=sys.stderr, flush=True)
     return settings
+
+
+def _has_bitsandbytes() -> bool:
+    """From 0.28 on vLLM has it in a package of its own."""
+    layers = "vllm.model_executor.layers.quantization"
+    names = ("vllm_bnb_plugin", f"{layers}.bitsandbytes")
+    return any(importlib.util.find_spec(name) is not None for name in names)
 
 
 class _Requests(threading.Thread):
@@ -108,6 +130,7 @@ def _serve(
     lora = _lora(job)
     requests.start()
     _send(answers, {"ready": _facts()})
+    beaten = time.monotonic()
     while not requests.ended or engine.has_unfinished_requests():
         for request in requests.waiting(block=not engine.has_unfinished_requests()):
             try:
@@ -120,8 +143,12 @@ def _serve(
         for output in engine.step() if engine.has_unfinished_requests() else ():
             if output.finished:
                 _send(answers, _answer(int(output.request_id), output))
-    _send(answers, {"ended": {"peak_gib": _peak_gib()}})
-    if settings["tensor_parallel_size"] > 1:
+        if time.monotonic() - beaten > BEAT_SECONDS:
+            beaten = time.monotonic()
+            _send(answers, {"beat": True})
+    alone = settings["tensor_parallel_size"] == 1  # else memory is that of other processes
+    _send(answers, {"ended": {"peak_gib": _peak_gib() if alone else None}})
+    if not alone:
         engine.engine_core.shutdown()
     answers.close()
     os._exit(0)  # memory goes back with the process; an orderly end takes vLLM seconds
@@ -147,20 +174,31 @@ async def _serve_parallel(
             async for output in engine.generate(prompt, sampling, name, lora_request=lora):
                 if output.finished:
                     _send(answers, _answer(request["id"], output))
-        except VLLMServerError:  # the engine, not the request
-            raise
+        except VLLMServerError as error:  # the engine, not the request; no answer will come
+            _fail(answers, error)
         except Exception as error:
             _send(answers, {"id": request["id"], "refused": str(error)})
 
+    async def watch() -> None:
+        """A request that comes while the engine dies may wait for ever."""
+        for seconds in itertools.count(1):
+            await asyncio.sleep(1)
+            try:
+                await engine.check_health()
+            except Exception as error:
+                _fail(answers, error)
+            if seconds % BEAT_SECONDS == 0:
+                _send(answers, {"beat": True})
+
+    watching = asyncio.create_task(watch())
     requests.start()
     _send(answers, {"ready": _facts()})
     while (request := await asyncio.to_thread(requests.wait)) is not None:
         task = asyncio.create_task(serve(request))
         going.add(task)
         task.add_done_callback(going.discard)
-        for done in [task for task in going if task.done()]:
-            done.result()  # an engine that died raises here
     await asyncio.gather(*going)
+    watching.cancel()
     _send(answers, {"ended": {"peak_gib": None}})
     engine.shutdown()
 
@@ -227,3 +265,5 @@ def _die_with(parent: int) -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a process that vLLM starts for several GPUs, which this file runs
+    _die_with(os.getppid())  # in too: it would outlive a parent that is killed, with its memory

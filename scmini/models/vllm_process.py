@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -17,6 +18,8 @@ from scmini.sections import DecodingConfig
 MARGIN = 2**30
 """Bytes of free GPU memory left to the CUDA context and to a desktop that grows."""
 _GIB = 2**30
+_SILENCE_SECONDS = 600.0
+"""An engine that is ready says something every half minute (vllm_engine.BEAT_SECONDS)."""
 _FREE_AGAIN_SECONDS, _FREE_AGAIN_BYTES = 30.0, 2**29
 _PROBE = """
 import importlib.util, json, torch
@@ -50,7 +53,8 @@ def surroundings(python: str) -> Surroundings:
         said = getattr(error, "stderr", None) or str(error)
         reason = said.strip().splitlines()[-1] if said.strip() else type(error).__name__
         raise EnvironmentProblem(
-            f"sample.python: {python} is no Python with torch and vLLM in it ({reason})"
+            f"generate.python or sample.python: {python} is no Python with torch and vLLM in it "
+            f"({reason})"
         ) from None
     return Surroundings(found["vllm"], [(free, total) for free, total in found["memory"]])
 
@@ -66,9 +70,12 @@ class Engine:
         parallel = job["engine"]["tensor_parallel_size"] * job["engine"]["data_parallel_size"]
         variables = environment()
         if parallel == 1:  # the engine in that very process: nothing can outlive it
-            variables.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        else:  # each process runs vllm_engine.py anew, which has it die with its parent
+            variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         if job["engine"].get("kv_cache_memory_bytes"):  # on the CPU, more threads only spin there
             variables.setdefault("OMP_NUM_THREADS", "1")
+        self._read = bytearray()
         self._process = subprocess.Popen(
             [python, vllm_engine.__file__],
             stdin=subprocess.PIPE,
@@ -86,16 +93,42 @@ class Engine:
         except BrokenPipeError:
             raise self._death() from None
 
+    def ready(self) -> dict[str, Any]:
+        """Wait until the engine has started, however long that takes; what it says of itself."""
+        facts: dict[str, Any] = self._message(None)["ready"]
+        return facts
+
     def receive(self) -> dict[str, Any]:
         """The next message; `EngineDied` where there is none to come."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise self._death()
-        message: dict[str, Any] = json.loads(line)
+        while "beat" in (message := self._message(_SILENCE_SECONDS)):
+            pass
+        return message
+
+    def _message(self, seconds: float | None) -> dict[str, Any]:
+        message: Any = None
+        while not isinstance(message, dict):  # some environments greet whoever starts their Python
+            line = self._line(seconds)
+            with suppress(ValueError):
+                message = json.loads(line)
         if "error" in message:
             raise self._death(message["error"])
         return message
+
+    def _line(self, seconds: float | None) -> bytes:
+        """The next line of its stdout; `EngineDied` if none comes within so many seconds."""
+        assert self._process.stdout is not None
+        stdout = self._process.stdout.fileno()
+        while (end := self._read.find(b"\n")) < 0:
+            if not select.select([stdout], [], [], seconds)[0]:
+                self._process.kill()
+                raise self._death(f"it said nothing for {seconds:.0f} seconds")
+            chunk = os.read(stdout, 1 << 20)
+            if not chunk:
+                raise self._death()
+            self._read += chunk
+        line = bytes(self._read[:end])
+        del self._read[: end + 1]
+        return line
 
     def end(self) -> dict[str, Any]:
         """Let it end; what it says at the end."""
@@ -130,7 +163,8 @@ def memory_settings(
         cache = min(max(available // 8, _GIB // 4), 8 * _GIB)
         return {"kv_cache_memory_bytes": int(cache * (1 - held_back)), "enforce_eager": True}
     if decoding.gpu_memory_utilization is not None:
-        return {"gpu_memory_utilization": decoding.gpu_memory_utilization - held_back}
+        given = decoding.gpu_memory_utilization
+        return {"gpu_memory_utilization": max(given - held_back, given / 2)}
     used = memory[: decoding.tensor_parallel_size * decoding.data_parallel_size]
     share = min((free - MARGIN) / total for free, total in used) - held_back
     if share <= 0:
@@ -152,8 +186,12 @@ def wait_until_free(python: str, before: list[tuple[int, int]]) -> None:
         return
     end = time.monotonic() + _FREE_AGAIN_SECONDS
     while True:
-        now = surroundings(python).memory
-        missing = max(b - n for (b, _), (n, _) in zip(before, now, strict=True))
+        try:
+            now = surroundings(python).memory
+        except EnvironmentProblem as error:  # the answers are there: no reason to fail
+            warn(f"nobody knows whether GPU memory is free again after vLLM: {error}")
+            return
+        missing = max((b - n for (b, _), (n, _) in zip(before, now, strict=False)), default=0)
         if missing < _FREE_AGAIN_BYTES:
             return
         if time.monotonic() > end:

@@ -5,8 +5,8 @@ vLLM may live in another environment (`sample.python`). A prompt with all its an
 of token ids, computed once (prefix caching); so many are under way that the engine never waits.
 
 What goes wrong: an engine that does not start is started once more in a safer setting. When it
-dies, what was under way is asked again, prompt by prompt, so that one which kills it is found; after
-the second time alone that prompt counts as failed.
+dies, or says nothing for ten minutes, what was under way is asked again in ever smaller groups, so
+that a prompt which kills it is found; after the second time alone that prompt counts as failed.
 """
 
 import json
@@ -35,7 +35,7 @@ from scmini.seeding import derived_seed
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM allows for max_lora_rank."""
-_DEATHS = 4
+_DEATHS = 5
 """An engine that dies so often without answering anything in between is not started again."""
 _HELD_BACK = 0.1
 """Share of the memory that the second try to start leaves alone."""
@@ -91,7 +91,7 @@ class VllmSampler:
         if not around.vllm:
             raise EnvironmentProblem(
                 f"{self._python} has no vLLM: pip install 'scmini[vllm]', or name the interpreter "
-                "of an environment that has it in sample.python"
+                "of an environment that has it in sample.python and generate.python"
             )
         self._before = around.memory
         self._job = _job(served, decoding, ends)
@@ -108,7 +108,8 @@ class VllmSampler:
             EnvironmentProblem: the engine dies again and again.
         """
         prompts = (p for shard in shards for p in sorted(shard, key=lambda p: -len(p[1])))
-        most = 2 * -(-self.decoding.max_num_seqs // n) + 2
+        at_once = self.decoding.max_num_seqs * self.decoding.data_parallel_size
+        most = 2 * -(-at_once // n) + 2
         work, deaths = _Work(prompts, most), 0
         while True:
             try:
@@ -134,8 +135,7 @@ class VllmSampler:
     def close(self) -> None:
         """End the engine and see that the GPU's memory is free again."""
         peak = self._engine.end().get("peak_gib")
-        if peak is not None:
-            self.facts["peak_gib"] = round(peak, 3)
+        self.facts["peak_gib"] = None if peak is None else round(peak, 3)
         wait_until_free(self._python, self._before)
 
     def _line(self, request: "_Request", n: int, seed: int) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class VllmSampler:
         settings["seed"] = derived_seed(self._seed, "engine", str(self._starts)) % 2**31
         say(f"starting vLLM: {sums(memory)}, sequences of up to {settings['max_model_len']} tokens")
         engine = Engine(self._python, self._job | {"engine": settings})
-        self.facts |= engine.receive()["ready"]
+        self.facts |= engine.ready()
         return engine
 
 
@@ -184,38 +184,48 @@ class VllmSampler:
 class _Request:
     number: int
     prompt: Prompt
-    deaths: int = 0
-    """How often the engine died while it was under way: the first time perhaps not alone."""
+    suspect: bool = False
+    """Was under way when the engine died."""
+    alone: int = 0
+    """How often it died with nothing else under way."""
 
 
 class _Work:
-    """Which prompts are under way: `most` of them, or one at a time while there are suspects."""
+    """Which prompts are under way: `most` of them, or one group of suspects at a time."""
 
     def __init__(self, prompts: Iterable[Prompt], most: int) -> None:
         self._source = (_Request(number, prompt) for number, prompt in enumerate(prompts))
-        self._suspects: deque[_Request] = deque()
+        self._suspects: deque[list[_Request]] = deque()
         self._most = most
         self.under_way: dict[int, _Request] = {}
 
     def next(self) -> Iterator[_Request]:
         """Requests to send now."""
-        alone = any(request.deaths for request in self.under_way.values())
+        testing = any(request.suspect for request in self.under_way.values())
         if self._suspects and not self.under_way:
-            yield self._begin(self._suspects.popleft())
-        elif not self._suspects and not alone:
-            for request in islice(self._source, self._most - len(self.under_way)):
-                yield self._begin(request)
+            yield from map(self._begin, self._suspects.popleft())
+        elif not self._suspects and not testing:
+            fresh = islice(self._source, self._most - len(self.under_way))
+            yield from map(self._begin, fresh)
 
     def done(self, number: int) -> Prompt:
         """The engine answered."""
         return self.under_way.pop(number).prompt
 
     def died(self) -> list[Prompt]:
-        """The engine died: the prompts that killed it, which are not asked again."""
-        requests = [replace(r, deaths=r.deaths + 1) for r in self.under_way.values()]
+        """The engine died: the prompts that killed it, which are not asked again.
+
+        Halves wait behind the groups that wait already, so that a good one comes soon.
+        """
+        group = [replace(request, suspect=True) for request in self.under_way.values()]
         self.under_way.clear()
-        self._suspects.extend(request for request in requests if request.deaths <= 2)
-        return [request.prompt for request in requests if request.deaths > 2]
+        if len(group) > 1:
+            half = len(group) // 2
+            self._suspects += [group[:half], group[half:]]
+            return []
+        group = [replace(request, alone=request.alone + 1) for request in group]
+        self._suspects += [[request] for request in group if request.alone < 2]
+        return [request.prompt for request in group if request.alone == 2]
 
     def _begin(self, request: _Request) -> _Request:
         self.under_way[request.number] = request

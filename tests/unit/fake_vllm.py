@@ -3,17 +3,20 @@
 `FAKE_VLLM` names a JSON file that says how to behave:
 
     vllm        whether the environment has it
+    greeting    what its Python prints whenever it starts
     memory      [[free, total] bytes of each GPU], or one such list for each time it is asked
     start       errors of the first starts, one each; after them it starts
     poison      tokens that kill the engine
     refuse      tokens that are refused
     die_after   answers after which it dies, each time
+    silent      tokens at which it stops saying anything, beats included
 """
 
 import json
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,9 @@ def _serve(behaviour: dict[str, Any]) -> None:
         if set(prompt) & set(behaviour.get("refuse", [])):
             _say({"id": request["id"], "refused": "no such token"})
             continue
+        if set(prompt) & set(behaviour.get("silent", [])):
+            time.sleep(3600)
+        _say({"beat": True})
         end = job["stop_token_ids"][0]
         answers = [[[*prompt[-1:], 5 + i, end], "stop"] for i in range(request["n"])]
         _say({"id": request["id"], "answers": answers})
@@ -82,4 +88,5 @@ def _say(message: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     settings = json.loads(Path(os.environ["FAKE_VLLM"]).read_text())
+    print(settings.get("greeting", ""), end="", flush=True)
     (_probe if sys.argv[1] == "-c" else _serve)(settings)

@@ -142,6 +142,20 @@ def test_prompts_that_fail_are_recorded(tmp_path: Path) -> None:
     assert list(read_samples(tmp_path)) == expected(wanted)
 
 
+def test_a_disk_that_is_full_ends_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    engine = Engine()
+    monkeypatch.setattr(answering._Journal, "append", full)
+    monkeypatch.setattr(answering._Journal, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        run(plan(), tmp_path, engine)
+    assert engine.closed
+
+
 def test_too_many_failures_stop_and_keep_the_rest(tmp_path: Path) -> None:
     wanted, failing = plan(max_failed_share=0.25), ["p1", "p2", "p5"]
     engine = Engine(failing=failing)

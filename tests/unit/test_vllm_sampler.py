@@ -13,7 +13,7 @@ from scmini.errors import ConfigError, DoesNotFit, EnvironmentProblem
 from scmini.models import vllm_process
 from scmini.models.sampler import Answered, Prompt
 from scmini.models.vllm_process import memory_settings
-from scmini.models.vllm_sampler import Served, VllmSampler
+from scmini.models.vllm_sampler import _DEATHS, Served, VllmSampler, _Work
 from scmini.sections import DecodingConfig
 
 TOKENIZER = tokenizer()
@@ -100,14 +100,51 @@ def test_a_prompt_that_kills_the_engine_is_found(tmp_path: Path, said: list[str]
     failed = [a for a in found if a.failure]
     assert [(a.prompt[0], a.responses) for a in failed] == [("p1", [])]
     assert failed[0].failure == "vLLM died of it: exit code 9"
-    assert len(jobs(tmp_path)) == 4  # it died with others under way, then twice of this one alone
+    # It died of six, of the three with the one among them, and twice of that one alone.
+    assert len(jobs(tmp_path)) == 5
     assert any("started again" in line for line in said)
+
+
+def test_an_engine_that_falls_silent(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it had died: of one prompt, and of all others there are answers."""
+    monkeypatch.setattr(vllm_process, "_SILENCE_SECONDS", 1.0)
+    install(tmp_path, silent=[28])
+    found = stream(sampler(tmp_path))
+    failed = {a.prompt[0]: a.failure for a in found if a.failure}
+    assert failed == {"p1": "vLLM died of it: it said nothing for 1 seconds"}
+    assert len(found) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("deadly", [{0}, {29}, {3, 17}, {5, 6}])
+def test_killers_are_found_by_halves(deadly: set[int]) -> None:
+    """Without a process: few deaths, everything answered once, no long row of deaths."""
+    work = _Work([(str(i), [i]) for i in range(200)], 30)
+    answered: list[str] = []
+    convicted: list[str] = []
+    deaths = in_a_row = longest = 0
+    while list(work.next()) or work.under_way:
+        killed = False
+        for number, request in list(work.under_way.items()):
+            if request.number in deadly:
+                killed = True
+                break
+            answered.append(work.done(number)[0])
+        deaths, in_a_row = deaths + killed, in_a_row + 1 if killed else 0
+        longest = max(longest, in_a_row)
+        if killed:
+            convicted += [id for id, _ in work.died()]
+    assert sorted(convicted) == sorted(map(str, deadly))
+    assert sorted(answered + convicted, key=int) == [str(i) for i in range(200)]
+    assert deaths <= 8 * len(deadly)
+    assert longest < _DEATHS
 
 
 def test_an_engine_that_only_dies(tmp_path: Path) -> None:
     install(tmp_path, die_after=0)
     made = sampler(tmp_path)
-    with pytest.raises(EnvironmentProblem, match=r"died 4 times .* exit code 9"):
+    with pytest.raises(EnvironmentProblem, match=r"died 5 times .* exit code 9"):
         list(made.stream(SHARDS, 3, 0))
     made.close()
 
@@ -166,6 +203,34 @@ def test_an_environment_without_vllm(tmp_path: Path) -> None:
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(EnvironmentProblem, match="ModuleNotFoundError: torch"):
         sampler(tmp_path)
+
+
+def test_a_python_that_greets(tmp_path: Path) -> None:
+    install(tmp_path, greeting="Welcome to node 7\n7\n\n")
+    assert len(stream(sampler(tmp_path))) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(("replicas", "under_way"), [(1, 4), (3, 8)])
+def test_every_replica_has_work(tmp_path: Path, replicas: int, under_way: int) -> None:
+    """Twice what is decoded at once, and two prompts more."""
+    install(tmp_path)
+    made = sampler(tmp_path, max_num_seqs=4, data_parallel_size=replicas)
+    prompts = [(str(i), [20]) for i in range(30)]
+    taken: list[Prompt] = []
+    source = ([taken.append(prompt) or prompt] for prompt in prompts)  # type: ignore[func-returns-value]
+    next(iter(made.stream(source, 4, 0)))
+    assert len(taken) == under_way
+    made.close()
+
+
+def test_memory_that_nobody_can_tell(tmp_path: Path, said: list[str]) -> None:
+    """The answers are there by then."""
+    install(tmp_path, memory=[[20 * GIB, 24 * GIB]])
+    made = sampler(tmp_path)
+    assert len(list(made.stream(SHARDS, 3, 0))) == len(PROMPTS)
+    (tmp_path / "python").unlink()
+    made.close()
+    assert any("nobody knows whether" in line for line in said)
 
 
 def test_memory_that_does_not_come_back(
