@@ -65,7 +65,7 @@ def run(
         Interrupted: stopped by a signal; everything finished and half-finished is kept.
     """
     chosen = _chosen(config, only, from_, until)
-    check_sources(config)
+    check_sources(config, RunFolder(run_dir).finished_stages)
     return _Run(config, run_dir, chosen, force, only or "all").all()
 
 

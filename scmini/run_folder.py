@@ -88,6 +88,12 @@ class RunFolder:
         entry: dict[str, Any] = self.record["stages"].get(task.key, {})
         return entry
 
+    @property
+    def finished_stages(self) -> set[str]:
+        """Stages that were finished here once, whatever the configuration was."""
+        entries: dict[str, dict[str, Any]] = self.record["stages"]
+        return {key.partition(":")[0] for key, entry in entries.items() if entry.get("folder")}
+
     def _save(self) -> None:
         write_atomic(self.path / "run.json", json.dumps(self.record, indent=1).encode())
 

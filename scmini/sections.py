@@ -312,6 +312,8 @@ class EmbedConfig(Section):
 
     @model_validator(mode="after")
     def _fits_encoder(self) -> "EmbedConfig":
+        if self.encoder.startswith("hashed") and self.encoder != "hashed-ngrams":
+            raise ValueError(f"unknown encoder {self.encoder!r}; did you mean hashed-ngrams?")
         unread = {"dimensions"}
         if self.encoder == "hashed-ngrams":
             unread = {"pooling", "max_length", "long_texts", "dtype", "tokens_per_batch"}

@@ -11,7 +11,8 @@ import difflib
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -274,14 +275,17 @@ def _model(name: str, revision: str | None = None) -> str:
     return f"{name}@{revision or 'main'}"
 
 
-def check_sources(config: Config) -> None:
+def check_sources(config: Config, finished: Collection[str] = ()) -> None:
     """Look for all that the configuration names on this machine, before anything runs.
+
+    An engine is not looked for where its stage was `finished` before: it may not be needed again.
 
     Raises:
         DataError: a file or folder is missing; names the key.
         EnvironmentProblem: vLLM is named as engine and is not there.
     """
-    for stage in {task.stage for task in tasks(config)} & {"sample", "generate"}:
+    drawing = {task.stage for task in tasks(config)} & {"sample", "generate"}
+    for stage in sorted(drawing - set(finished)):
         _check_engine(stage, getattr(config, stage))
     for task in tasks(config):
         named = {key: name for key, (name, _) in _models(config, task).items()}
@@ -295,12 +299,19 @@ def check_sources(config: Config) -> None:
 def _check_engine(stage: str, decoding: DecodingConfig) -> None:
     if decoding.python is not None and not os.access(decoding.python, os.X_OK):
         raise EnvironmentProblem(f"{stage}.python: {decoding.python} is no program")
-    here = decoding.engine == "vllm" and decoding.python is None
-    if here and importlib.util.find_spec("vllm") is None:
+    if decoding.engine == "vllm" and not _has_vllm(decoding.python):
         raise EnvironmentProblem(
             f"{stage}.engine: vllm needs vLLM: pip install 'scmini[vllm]', or name the interpreter "
             f"of an environment that has it in {stage}.python (docs/sampling.md)"
         )
+
+
+def _has_vllm(python: str | None) -> bool:
+    """Whether this environment, or that of an interpreter, has vLLM."""
+    if python is None:
+        return importlib.util.find_spec("vllm") is not None
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def _models(config: Config, task: Task) -> dict[str, tuple[str, str | None]]:

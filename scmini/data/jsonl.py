@@ -43,6 +43,10 @@ def _example(path: Path, number: int, row: dict[str, Any]) -> Example:
         raise RecordError(
             path, number, f"field 'rejected': expected a list of texts, got {rejected!r:.80}"
         )
+    if "target" not in row:
+        raise RecordError(
+            path, number, "field 'target' is missing; data.format: auto reads rows of other shapes"
+        )
     target = text_field(path, number, row, "target")
     return Example(id, _prompt(path, number, row.get("prompt")), target, rejected)
 

@@ -62,6 +62,8 @@ def split(
     own = tests is None
     train = _groups(examples, first_turn)
     candidates = train if tests is None else _groups(tests, first_turn)
+    if not train:
+        raise DataError("the data has no usable prompt; what was left out, and why, stands above")
     if own and len(train) <= num_test:
         raise DataError(
             f"the data has {len(train)} usable prompts, and data.num_test: {num_test} leaves "

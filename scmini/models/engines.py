@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from scmini.console import warn
+from scmini.console import say, warn
 from scmini.errors import DoesNotFit, EnvironmentProblem
 from scmini.models.loading import load_for_generation
 from scmini.models.merging import merge_adapter
@@ -64,6 +64,8 @@ def build_sampler(
             warn(f"{error}. Going on with transformers, which is slower")
     elif decoding.engine == "auto" and torch.cuda.is_available():
         warn("no vLLM here: drawing answers with transformers, which is many times slower")
+    elif decoding.engine == "auto" and decoding.python is not None:
+        say(f"no CUDA device: drawing answers with transformers, not with {decoding.python}")
     policy = load_for_generation(model, source, adapter)
     return TransformersSampler(policy, tokenizer, decoding, model.max_length)
 

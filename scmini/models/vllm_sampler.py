@@ -36,7 +36,9 @@ from scmini.seeding import derived_seed
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM allows for max_lora_rank."""
 _DEATHS = 5
-"""An engine that dies so often without answering anything in between is not started again."""
+"""An engine that dies so often without answering anything in between is not started again,"""
+_DEATHS_AT_FIRST = 3
+"""nor one that dies so often before its first answer."""
 _HELD_BACK = 0.1
 """Share of the memory that the second try to start leaves alone."""
 _NO_MEMORY = re.compile(
@@ -110,7 +112,7 @@ class VllmSampler:
         prompts = (p for shard in shards for p in sorted(shard, key=lambda p: -len(p[1])))
         at_once = self.decoding.max_num_seqs * self.decoding.data_parallel_size
         most = 2 * -(-at_once // n) + 2
-        work, deaths = _Work(prompts, most), 0
+        work, deaths, allowed = _Work(prompts, most), 0, _DEATHS_AT_FIRST
         while True:
             try:
                 for request in work.next():
@@ -120,7 +122,7 @@ class VllmSampler:
                 message = self._engine.receive()
             except EngineDied as error:
                 deaths += 1
-                if deaths >= _DEATHS:
+                if deaths >= allowed:
                     raise EnvironmentProblem(
                         f"vLLM died {deaths} times without an answer in between: {error}"
                     ) from None
@@ -129,7 +131,7 @@ class VllmSampler:
                     yield Answered(prompt, [], f"vLLM died of it: {error}")
                 self._engine = self._start()
                 continue
-            deaths = 0
+            deaths, allowed = 0, _DEATHS
             yield self._answered(work.done(message["id"]), message)
 
     def close(self) -> None:

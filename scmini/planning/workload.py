@@ -8,7 +8,7 @@ from scmini.config import Config
 from scmini.data import zoo
 from scmini.data.importers import read_examples
 from scmini.data.readers import Row, data_files, read_rows
-from scmini.errors import ScminiError
+from scmini.errors import ScminiError, UsageError
 from scmini.records import Example
 
 PROMPTS = 20_000
@@ -59,6 +59,11 @@ def workload(
     given = [each for each in (prompt_tokens, response_tokens) if each is not None]
     if given:
         prompt, response = prompt_tokens or prompt, response_tokens or response
+        if prompt + response > most:
+            raise UsageError(
+                f"--prompt-tokens and --response-tokens: a mean of {prompt:,} and {response:,} "
+                f"tokens does not fit into model.max_length: {most:,}"
+            )
         longest_prompt, longest = most - 1, most
         origin = "given" if len(given) == 2 else f"one given, one {origin}"
     response = max(1, min(response, most - 1))

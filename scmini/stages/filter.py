@@ -68,7 +68,7 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
                 _write_pairs(lines, chooser.choose(example, Answers(example.target, [], [], []))[1])
         account = chooser.report()
     if account:
-        console.say(f"filter: {account}")
+        console.say(account)
 
 
 def stream_similarity(embeddings: Path) -> Iterator[Measured]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from scmini.chat import check_tokenizer, prompt_ids, response_ids
 from scmini.config import Config
+from scmini.console import warn
 from scmini.errors import DataError
 from scmini.models.answering import FINAL, NONE_GIVEN, Plan, write_answers
 from scmini.models.engines import build_sampler
@@ -17,6 +18,8 @@ from scmini.sections import DecodingConfig
 from scmini.seeding import derived_seed
 from scmini.store import Work
 from scmini.training.checkpoints import peak_gib
+
+FEWER = "prompts with fewer answers than sample.n"
 
 
 def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
@@ -38,7 +41,7 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         folder=work.path,
         scratch=work.path / "scratch",
     )
-    _count_answers(work)
+    _count_answers(work, config.sample.n)
     note_engine(work, facts)
 
 
@@ -98,17 +101,21 @@ def note_engine(work: Work, facts: dict[str, Any]) -> None:
     work.note("engine", facts)
 
 
-def _count_answers(work: Work) -> None:
+def _count_answers(work: Work, n: int) -> None:
     """Counts and notes of the finished shards."""
     answers = tokens = 0
     for row in read_samples(work.path):
         if row.failure is not None:
             work.count(row.failure if row.failure in FINAL else "prompts that the engine failed")
+        elif len(row.responses) < n:  # of the engine `data`
+            work.count(FEWER)
         cut = sum(response.finish_reason != "stop" for response in row.responses)
         if cut:
             work.count("answers cut at their length limit", cut)
         answers += len(row.responses)
         tokens += sum(len(response.token_ids) for response in row.responses)
+    if work.counts[FEWER]:
+        warn(f"{work.counts[FEWER]} prompts have fewer answers than sample.n: {n}")
     work.note("answers", answers)
     work.note("tokens", tokens)
 

@@ -61,9 +61,10 @@ def test_a_data_set_of_the_hub_is_not_fetched(overrides: list[str], prompts: int
 
 
 def test_given_lengths_take_the_place_of_others() -> None:
-    found = workload(seven("model.max_length=512"), 5000, 5000)
-    assert found.prompt + found.response <= 512
-    assert min(found.prompt, found.response) >= 1
+    found = workload(seven("model.max_length=512"), 100, 400)
+    assert (found.prompt, found.response) == (100, 400)
+    with pytest.raises(UsageError, match=r"5,000 and 5,000 tokens does not fit into .* 512"):
+        workload(seven("model.max_length=512"), 5000, 5000)
     assert workload(seven(), None, 100).response == 100
 
 

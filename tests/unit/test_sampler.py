@@ -307,6 +307,7 @@ def test_answers_that_come_with_the_data(folders: dict[str, Path], tmp_path: Pat
             fits = len(row.prompt_token_ids) + len(response.token_ids) <= 60
             assert response.finish_reason == ("stop" if fits else "length")
     assert whole.counts[NONE_GIVEN] == sum(row.failure == NONE_GIVEN for row in rows.values()) > 0
+    assert whole.counts[sample.FEWER] == sum(len(row.responses) == 1 for row in rows.values()) > 0
     assert rows["3"].responses[0].finish_reason == "length"
     (whole.path / "part-00000.parquet").unlink()
     (whole.path / "scratch" / "answers.jsonl").unlink()

@@ -3,12 +3,12 @@
 import ast
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_stages import METHODS, config, states
+from fake_vllm import install
 
 from scmini import pipeline
 from scmini.config import Config
@@ -160,13 +160,19 @@ def test_a_missing_folder_is_said_before_anything_runs(key: str, tmp_path: Path)
     [
         (["sample.engine=vllm"], r"sample\.engine: vllm needs vLLM: pip install 'scmini\[vllm\]'"),
         (["generate.engine=vllm"], r"generate\.engine: vllm needs vLLM"),
+        (["sample.engine=vllm", "sample.python={without}"], r"sample\.engine: vllm needs vLLM"),
         (["sample.python=/no/such/python"], r"sample\.python: /no/such/python is no program"),
     ],
 )
 def test_engines_are_looked_for_before_anything_runs(
-    overrides: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "without").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "without").chmod(0o755)
+    named = [override.replace("{without}", str(tmp_path / "without")) for override in overrides]
     with pytest.raises(EnvironmentProblem, match=says):
-        check_sources(parse_config("", "x", overrides))
-    check_sources(parse_config("", "x", ["sample.engine=vllm", f"sample.python={sys.executable}"]))
+        check_sources(parse_config("", "x", named))
+    check_sources(parse_config("", "x", named), {"sample", "generate"})  # perhaps not needed again
+    with_it = install(tmp_path)
+    check_sources(parse_config("", "x", ["sample.engine=vllm", f"sample.python={with_it}"]))

@@ -100,8 +100,8 @@ def test_a_prompt_that_kills_the_engine_is_found(tmp_path: Path, said: list[str]
     failed = [a for a in found if a.failure]
     assert [(a.prompt[0], a.responses) for a in failed] == [("p1", [])]
     assert failed[0].failure == "vLLM died of it: exit code 9"
-    # It died of six, of the three with the one among them, and twice of that one alone.
-    assert len(jobs(tmp_path)) == 5
+    # It died of those that were under way, perhaps of half of them, and twice of that one alone.
+    assert 3 <= len(jobs(tmp_path)) <= 5
     assert any("started again" in line for line in said)
 
 
@@ -144,7 +144,7 @@ def test_killers_are_found_by_halves(deadly: set[int]) -> None:
 def test_an_engine_that_only_dies(tmp_path: Path) -> None:
     install(tmp_path, die_after=0)
     made = sampler(tmp_path)
-    with pytest.raises(EnvironmentProblem, match=r"died 5 times .* exit code 9"):
+    with pytest.raises(EnvironmentProblem, match=r"died 3 times .* exit code 9"):
         list(made.stream(SHARDS, 3, 0))
     made.close()
 
