@@ -88,26 +88,13 @@ class TransformersSampler:
     def stream(self, shards: Iterable[list[Prompt]], n: int, seed: int) -> Iterator[Answered]:
         """As `Sampler.stream`: one shard after another, its prompts of like length together.
 
+        `seed` and a prompt's id decide its answers; the first of n are those of a smaller n.
+
         Raises:
             torch.OutOfMemoryError: not even one answer at a time fits.
         """
         for prompts in shards:
             yield from self._shard(prompts, n, seed)
-
-    def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Response]]:
-        """Draw n answers to each prompt.
-
-        Args:
-            prompts: (id, token ids) of each.
-            n: answers to each prompt.
-            seed: with the id, decides a prompt's answers; the first of n are those of a smaller n.
-
-        Returns:
-            The answers in the order of the prompts; none to a prompt that fills max_length.
-        """
-        fitting = [prompt for prompt in prompts if len(prompt[1]) < self.max_length]
-        found = {a.prompt[0]: a.responses for a in self.stream([fitting], n, seed)}
-        return [found.get(id, []) for id, _ in prompts]
 
     def close(self) -> None:
         """Nothing is held that does not go with the object."""

@@ -16,6 +16,7 @@ from scmini.models.answering import NONE_GIVEN, TOO_LONG
 from scmini.models.sampler import Prompt, TransformersSampler, _Rows
 from scmini.records import (
     Example,
+    Response,
     read_generations,
     read_samples,
     write_examples,
@@ -39,9 +40,17 @@ PROMPTS: list[Prompt] = [
 ]
 
 
-def sampler(model: Any = MODEL, max_length: int = 64, **decoding: Any) -> TransformersSampler:
+class ListSampler(TransformersSampler):
+    def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Response]]:
+        """The answers in the order of the prompts; those that fill max_length are not asked."""
+        fitting = [prompt for prompt in prompts if len(prompt[1]) < self.max_length]
+        found = {a.prompt[0]: a.responses for a in self.stream([fitting], n, seed)}
+        return [found.get(id, []) for id, _ in prompts]
+
+
+def sampler(model: Any = MODEL, max_length: int = 64, **decoding: Any) -> ListSampler:
     settings = {"max_new_tokens": 12, "batch_size": 64} | decoding
-    return TransformersSampler(model, TOKENIZER, DecodingConfig(**settings), max_length)
+    return ListSampler(model, TOKENIZER, DecodingConfig(**settings), max_length)
 
 
 def with_bias(bias: dict[int, float]) -> Any:
