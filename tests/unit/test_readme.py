@@ -31,7 +31,10 @@ def _commands() -> list[str]:
 def test_the_first_screen_has_two_commands() -> None:
     fenced = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     lines = [line for block in fenced for line in block.splitlines() if line.strip()]
-    assert lines == ["pip install -e . && scmini run all", "pip install -e '.[test]' && pytest"]
+    assert lines == [
+        "pip install -e . && scmini run all",
+        "pip install -e '.[test]' && pytest -n auto --dist loadfile",
+    ]
     assert README.index(lines[1]) < 2500, "below the first screen"
 
 
