@@ -7,7 +7,6 @@ The meaning of a key is the text below its field; where there is none, `COMMON` 
 that of a section is another one, `OWN`.
 """
 
-import argparse
 import ast
 import inspect
 import sys
@@ -19,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import documents
 from pydantic.fields import FieldInfo
 
 from scmini.config import METHODS_HELP, Config
@@ -27,7 +27,7 @@ from scmini.stage_graph import STAGES, Task, sections
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "configuration.md"
-BEGIN, END = "<!-- keys:begin -->", "<!-- keys:end -->"
+MARKERS = "<!-- keys:begin -->", "<!-- keys:end -->"
 _CONTROL = Task("sft", "sft-continued")
 
 COMMON = {
@@ -251,24 +251,13 @@ def _number(value: float) -> str:
 
 def rewritten(text: str) -> str:
     """The document with a fresh block."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{DOCUMENT}: has no block {BEGIN} ... {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}"
+    return documents.replaced(text, MARKERS, tables(), str(DOCUMENT))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args(argv).check
-    text = DOCUMENT.read_text("utf-8")
-    fresh = rewritten(text)
-    if check:
-        if fresh != text:
-            print(f"{DOCUMENT} is stale: python bench/configuration.py", file=sys.stderr)
-        return int(fresh != text)
-    DOCUMENT.write_text(fresh, encoding="utf-8")
-    return 0
+    check = documents.parser(__doc__).parse_args(argv).check
+    fresh = rewritten(DOCUMENT.read_text("utf-8"))
+    return documents.finish({DOCUMENT: fresh}, "configuration.py", check=check)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import documents
 import pictures
 import rows
 import tables
@@ -61,19 +62,8 @@ def draw(found: Sequence[rows.Row]) -> dict[str, Figure]:
     return {name: figure for name, figure in drawings.items() if figure is not None}
 
 
-def replaced(document: str, text: str) -> str:
-    """The document with the block between the markers exchanged."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the document has no block {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
 def main(arguments: list[str] | None = None) -> int:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
+    parser = documents.parser(__doc__)
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of the rows")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="for every row")
     parser.add_argument("--summary", type=Path, help="for the summary (README.md with its rows)")
@@ -85,26 +75,21 @@ def main(arguments: list[str] | None = None) -> int:
         texts[options.summary] = tables.summary(devices)
     elif options.results == rows.RESULTS:
         texts[README] = tables.summary(devices)
-    new = {path: replaced(path.read_text("utf-8"), text) for path, text in texts.items()}
-    if options.check:
-        stale = [path for path, text in new.items() if text != path.read_text("utf-8")]
-        stale += [
-            path
-            for name, drawn in figures_of.items()
-            for kind in drawn
-            if not (path := options.results / name / f"{kind}.png").exists()
-        ]
-        for path in stale:
-            print(f"{path} is stale: run python bench/plot.py", file=sys.stderr)
-        return int(bool(stale))
-    for name, drawn in figures_of.items():
-        for kind, figure in drawn.items():
-            path = options.results / name / kind
-            path.with_suffix(".svg").write_text(figures.to_svg(figure, kind), encoding="utf-8")
-            path.with_suffix(".png").write_bytes(figures.to_png(figure))
-    for path, text in new.items():
-        path.write_text(text, encoding="utf-8")
-    return 0
+    fresh = {
+        path: documents.replaced(path.read_text("utf-8"), (BEGIN, END), text, path.name)
+        for path, text in texts.items()
+    }
+    drawings = {
+        options.results / name / f"{kind}.png": figure
+        for name, drawn in figures_of.items()
+        for kind, figure in drawn.items()
+    }
+    if not options.check:
+        for path, figure in drawings.items():
+            svg = figures.to_svg(figure, path.stem)
+            path.with_suffix(".svg").write_text(svg, encoding="utf-8")
+            path.write_bytes(figures.to_png(figure))
+    return documents.finish(fresh, "plot.py", check=options.check, must_exist=drawings)
 
 
 def _links(

@@ -7,7 +7,6 @@ The runs (one file per seed, made by bench/collect_demo.py) are pooled: every pr
 counts once, and methods are compared prompt by prompt. Sentences come from the intervals.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import documents
 import numpy as np
 
 from scmini.evaluation.report import figures, page, wording
@@ -164,30 +164,17 @@ def cost_table(runs: Runs) -> str:
     return _markdown(["Stage, all methods", "Time", "Peak memory, GiB"], lines)
 
 
-def replaced(readme: str, text: str) -> str:
-    """README with the block between the markers exchanged."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has no block {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
 def main(arguments: list[str] | None = None) -> int:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--check", action="store_true", help="only say whether README is stale")
+    parser = documents.parser(__doc__)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the result files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(arguments)
     runs = read_runs(options.results)
-    old = options.readme.read_text("utf-8")
-    new = replaced(old, block(runs))
+    old, name = options.readme.read_text("utf-8"), options.readme.name
+    fresh = {options.readme: documents.replaced(old, (BEGIN, END), block(runs), name)}
+    code = documents.finish(fresh, "readme_numbers.py", check=options.check)
     if options.check:
-        if new != old:
-            print(f"{options.readme} is stale: run python bench/readme_numbers.py", file=sys.stderr)
-        return int(new != old)
-    options.readme.write_text(new, encoding="utf-8")
+        return code
     picture = figures.win_rate_figure(pooled_rows(runs), wording.unit_of(runs[0]["grader"]).scale)
     (options.results / "demo.svg").write_text(figures.to_svg(picture, "demo"), encoding="utf-8")
     (options.results / "demo.png").write_bytes(figures.to_png(picture))

@@ -7,12 +7,13 @@ Costs are those of `scmini plan`. Our results are read from bench/results/reprod
 each a copy of the results.json of such a run; where there is none it says so.
 """
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import documents
 
 from scmini.config_file import load_config
 from scmini.console import size
@@ -86,27 +87,16 @@ def rewritten(text: str, folder: Path = RESULTS) -> str:
     """The document with fresh blocks."""
     blocks = {"downloads": downloads(), "costs": costs(), "results": results(folder)}
     for name, block in blocks.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise SystemExit(f"{DOCUMENT}: has no block {begin} ... {end}")
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
+        markers = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        text = documents.replaced(text, markers, block, str(DOCUMENT))
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args(argv).check
+    check = documents.parser(__doc__).parse_args(argv).check
     os.environ["HF_HUB_CACHE"] = str(ROOT / "no-such-cache")  # what is here already counts as well
-    text = DOCUMENT.read_text("utf-8")
-    fresh = rewritten(text)
-    if check:
-        if fresh != text:
-            print(f"{DOCUMENT} is stale: python bench/reproduce.py", file=sys.stderr)
-        return int(fresh != text)
-    DOCUMENT.write_text(fresh, encoding="utf-8")
-    return 0
+    fresh = rewritten(DOCUMENT.read_text("utf-8"))
+    return documents.finish({DOCUMENT: fresh}, "reproduce.py", check=check)
 
 
 if __name__ == "__main__":

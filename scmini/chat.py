@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from scmini.errors import DataError
+from scmini.quoting import plain
 from scmini.records import Message
 
 Purpose = Literal["inference", "training"]
@@ -25,7 +26,7 @@ write other strings for training; all others write the same."""
 
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise `DataError`, with the remedy, for a tokenizer without chat template or end token."""
-    name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+    name = _name(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{name}: no chat template; put one into the folder as chat_template.jinja "
@@ -36,6 +37,10 @@ def check_tokenizer(tokenizer: Any) -> None:
             f"{name}: no end token; set eos_token in tokenizer_config.json to the one with which "
             "the chat template closes an answer"
         )
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or "the tokenizer"
 
 
 def prompt_ids(
@@ -51,14 +56,18 @@ def prompt_ids(
         messages: turns of which the last is not the assistant's.
 
     Raises:
-        DataError: no messages, the assistant's turn comes last, or the template refuses them.
+        DataError: no messages, the assistant's turn comes last, or the template refuses them or
+            leaves nothing of them.
     """
     whole = _render(tokenizer, messages, purpose)
     try:
         answers = _answers(tokenizer, messages, whole, purpose)
     except _Rewritten:
         answers = []
-    return _ids(tokenizer, _tokenise(tokenizer, messages, whole, answers, purpose))
+    ids = _ids(tokenizer, _tokenise(tokenizer, messages, whole, answers, purpose))
+    if not ids:
+        raise DataError(f"the chat template of {_name(tokenizer)} leaves nothing of a prompt")
+    return ids
 
 
 def response_ids(tokenizer: Any, text: str, *, purpose: Purpose = "training") -> list[int]:
@@ -179,9 +188,11 @@ class _Piece(NamedTuple):
 
 
 def _render(tokenizer: Any, messages: list[Message], purpose: Purpose) -> str:
-    """The template's text, up to where the assistant speaks."""
-    from jinja2 import TemplateError
+    """The template's text, up to where the assistant speaks.
 
+    transformers runs templates in Jinja's sandbox, where they reach no Python; but what they do to
+    texts and numbers may raise anything.
+    """
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError("a prompt needs a message, and the last may not be the assistant's")
     try:
@@ -190,11 +201,13 @@ def _render(tokenizer: Any, messages: list[Message], purpose: Purpose) -> str:
                 messages, add_generation_prompt=True, tokenize=False, purpose=purpose
             )
         )
-    except (TemplateError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in messages)
+    except MemoryError:
+        raise
+    except Exception as error:
+        roles = plain(", ".join(message["role"] for message in messages), 120)
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles}: "
-            f"{error}"
+            f"the chat template of {_name(tokenizer)} refuses a conversation of {roles}: "
+            f"{plain(error) or type(error).__name__}"
         ) from None
 
 

@@ -9,13 +9,14 @@ Results go to stdout, everything else to stderr. Nothing here imports torch.
 import argparse
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scmini import chatting, doctor, download, pipeline, repair, verify, watching
+from scmini import chatting, doctor, download, pipeline, repair, verify
 from scmini.arguments import build_parser
 from scmini.config import Config
 from scmini.config_file import config_to_yaml, load_config
@@ -31,6 +32,8 @@ from scmini.exporting import pairs as export
 from scmini.planning import plan, show
 from scmini.planning.cards import local_card
 from scmini.stage_graph import Task
+from scmini.view import watching
+from scmini.view.running import read_progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UsageError("--from and --until go with `scmini run all`")
     config = _load(arguments, arguments.output)
     run_dir = arguments.output or _default_folder(config)
-    _say_what_is_missing(config, arguments.config)
+    planned = _look_ahead(config, arguments.config)
     finished = pipeline.run(
         config,
         run_dir,
@@ -93,21 +96,31 @@ def _run(arguments: argparse.Namespace) -> None:
         from_=arguments.from_,
         until=arguments.until,
         force=arguments.force,
+        planned=planned,
     )
     if Task("report") in finished:  # else what lies there is of another configuration
         _print_results(run_dir / "report")
 
 
-def _say_what_is_missing(config: Config, name: str | None) -> None:
-    """Of a run with a named model: no GPU, models that are not here. It may go on all the same."""
+def _look_ahead(config: Config, name: str | None) -> dict[Task, float]:
+    """Of a run with a named model: say that there is no GPU, or which models are not here yet; it
+    may go on all the same. Returns the planned seconds of its tasks, as far as they are known."""
     if config.model.model_name_or_path is None:
-        return
-    if local_card() is None:
+        return {}
+    card = local_card()
+    if card is None:
         warn("no GPU found: this will run on the CPU, where a 7B model takes weeks")
     missing = download.not_fetched(config)
     if missing:
         command = f"scmini download -c {name}" if name else "scmini download"
         say(f"from the hub, as they are needed: {', '.join(missing)}; beforehand: {command}")
+    if card is None:
+        return {}
+    try:
+        stages = plan.plan(config).on_cards[0].stages
+    except ScminiError:  # a model whose sizes are not known: it is a help, no condition
+        return {}
+    return {each.task: each.seconds for each in stages if each.parts and each.seconds}
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -115,7 +128,11 @@ def _status(arguments: argparse.Namespace) -> None:
     if arguments.watch and arguments.json:
         raise UsageError("--watch has no use with --json")
     if arguments.watch:
-        watching.watch(lambda: pipeline.status(config, run_dir), _status_table)
+        watching.watch(
+            lambda: pipeline.status(config, run_dir),
+            _status_table,
+            running=lambda: read_progress(run_dir),
+        )
         return
     found = pipeline.status(config, run_dir)
     _print(json.dumps(found, indent=1) if arguments.json else _status_table(found))
@@ -126,14 +143,16 @@ def _repair(arguments: argparse.Namespace) -> None:
     done = repair.repair(config, run_dir, dry_run=arguments.dry_run)
     _print(json.dumps(repair.document(done), indent=1) if arguments.json else repair.text(done))
     if arguments.dry_run and done.damaged:
-        raise StoreDamaged(f"{run_dir}: damaged; scmini repair without --dry-run sets it aside")
+        raise StoreDamaged(
+            f"{run_dir}: damaged; to set it aside: scmini repair -o {shlex.quote(str(run_dir))}"
+        )
 
 
 def _existing(arguments: argparse.Namespace) -> tuple[Config, Path]:
     """Configuration and folder of a run that is there, the demo's where none is named."""
     output = arguments.output
     if output is not None and arguments.config is None and not output.is_dir():
-        raise UsageError(f"{output}: no such run folder")
+        raise UsageError(f"{output}: no such run folder; scmini run all -o {output} makes it")
     if output is None and arguments.config is None:
         output = Path("runs") / "demo"
     config = _load(arguments, output)
@@ -259,7 +278,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace, output: Path | None) -> Config:
     """The configuration: `-c`, else that of an existing run folder, else the embedded demo."""
-    if output is not None and output.exists() and not output.is_dir():
+    if output is not None and os.path.lexists(output) and not output.is_dir():
         raise UsageError(f"-o {output}: a file of this name is in the way; name a folder")
     name = arguments.config
     if name is None and output is not None and (output / "config.yaml").is_file():

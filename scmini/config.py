@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from scmini.quoting import quoted
 from scmini.sections import (
     BaseConfig,
     BenchmarkConfig,
@@ -37,7 +38,7 @@ METHODS_HELP = (
 class Config(Section):
     """The whole file."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")] = "run"
     seed: int = Field(0, ge=0, lt=2**31)
     methods: list[str] = Field(["sft", "self-contrast-1"])
     model: ModelConfig = ModelConfig()
@@ -63,7 +64,7 @@ class Config(Section):
             raise ValueError("name at least one method")
         for method in methods:
             if not METHOD.fullmatch(method):
-                raise ValueError(f"unknown method {method!r}; a method is {METHODS_HELP}")
+                raise ValueError(f"unknown method {quoted(method)}; a method is {METHODS_HELP}")
         if len(set(methods)) < len(methods):
             raise ValueError("a method is named twice")
         return methods

@@ -1,79 +1,43 @@
 """Reads a configuration from YAML and `--set`, and writes a resolved one back.
 
-PyYAML follows YAML 1.1, where `5e-7` is text, `no` is False and `1:30` is ninety: `_Loader` reads
-the core schema of YAML 1.2 instead, and refuses what a configuration never needs (duplicate keys,
-aliases, files above 1 MiB). Every mistake is found before anything is said.
+Every mistake is found before anything is said. What a file says comes back in messages cut and
+escaped, and never if it looks like a key.
 """
 
 import difflib
 import math
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from scmini import console
 from scmini.config import Config
 from scmini.errors import ConfigError
+from scmini.quoting import holds_secret, plain, quoted, redact
 from scmini.sections import Section
+from scmini.yaml_text import dump, parse
 
 MAX_BYTES = 1 << 20
-_TAG = "tag:yaml.org,2002:"
-_FLOAT = re.compile(
-    r"[-+]?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-)
+_MOST_SHOWN = 20
+"""Mistakes that are told one by one."""
+_LONGEST_LINE = 400
+_MOST_EXTENDED = 20
+_DEEPEST_NAME = 10
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What would steer a terminal, or cannot be in a file's name or in UTF-8."""
 _NO_EFFECT = re.compile(r"(?P<key>[\w.]+) has no effect")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars; no duplicate key, no alias."""
-
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(
-                f"{_where(self.peek_event().start_mark)}: aliases (*name) are not allowed"
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else None
-            if name is None or key.tag != _TAG + "str":
-                raise yaml.YAMLError(f"{_where(key.start_mark)}: a key must be text, got {name!r}")
-            if name in seen:
-                raise yaml.YAMLError(f"{_where(key.start_mark)}: key {name!r} is given twice")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
-
-
-for _kind, _pattern, _first in (
-    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
-    ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("int", re.compile(r"[-+]?\d+$"), "-+0123456789"),
-    ("float", _FLOAT, "-+0123456789."),
-):
-    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, list(_first))
-_Loader.add_constructor(_TAG + "int", _number)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever this loader or a YAML 1.1 loader would not read as text."""
-
-
-_Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
+_KEPT_OUT = (
+    "this looks like a key or password, which would be copied into run folders and reports: take "
+    "it out, and put it into an environment variable (HF_TOKEN; for a judge the one that "
+    "judge.api_key_variable names)"
+)
 
 
 def load_config(name_or_path: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -101,7 +65,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         with open(path, "rb") as handle:
             content = handle.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path}: {error.strerror}; name a file that can be read") from None
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than 1 MiB; this cannot be a configuration")
     table = _table(content, str(path))
@@ -109,12 +73,17 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if name is None:
         return table
     if not isinstance(name, str):
-        raise ConfigError(f"{path}: extends: expected a shipped name or a file, got {name!r}")
-    beside = path.parent / name
-    base = beside if beside.is_file() else find_config(name)
+        raise ConfigError(f"{path}: extends: expected a shipped name or a file, got {quoted(name)}")
+    try:
+        beside = path.parent / name
+        base = beside if _is_file(beside) else find_config(name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
     chain = (*extended_by, path.resolve())
     if base.resolve() in chain:
-        raise ConfigError(f"{path}: extends: {name} extends this file in turn")
+        raise ConfigError(f"{path}: extends: {plain(name)} extends this file in turn")
+    if len(chain) > _MOST_EXTENDED:
+        raise ConfigError(f"{path}: extends: more than {_MOST_EXTENDED} files, one on another")
     return _laid_over(_read(base, chain), table)
 
 
@@ -129,7 +98,7 @@ def _laid_over(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(content: bytes | str, source: str) -> dict[str, Any]:
-    table = _parse(content, source)
+    table = parse(content, source)
     if table is None:
         table = {}
     if not isinstance(table, dict):
@@ -145,7 +114,7 @@ def _checked(table: dict[str, Any], source: str, overrides: Sequence[str]) -> Co
     file_is_right = bool(overrides) and _is_right(table)
     overridden = {name for item in overrides if (name := _override(table, item, problems))}
     while True:
-        problems += _not_finite(table)
+        problems += _unfit_values(table)
         try:
             config = Config.model_validate(table, strict=True)
         except ValidationError as error:
@@ -154,9 +123,16 @@ def _checked(table: dict[str, Any], source: str, overrides: Sequence[str]) -> Co
             problems += _sentences(error)
         break
     if problems:
-        lines = "\n  ".join(dict.fromkeys(problems))
-        raise ConfigError(f"{source}: {len(dict.fromkeys(problems))} to fix\n  {lines}")
+        raise ConfigError(_complaint(source, list(dict.fromkeys(problems))))
     return config
+
+
+def _complaint(source: str, problems: Sequence[str]) -> str:
+    """All that is wrong, one line for each of the first mistakes."""
+    lines = [plain(redact(problem), _LONGEST_LINE) for problem in problems[:_MOST_SHOWN]]
+    if len(problems) > _MOST_SHOWN:
+        lines.append(f"... and {len(problems) - _MOST_SHOWN} more")
+    return "\n  ".join([f"{source}: {len(problems)} to fix", *lines])
 
 
 def config_to_yaml(config: Config) -> str:
@@ -164,9 +140,7 @@ def config_to_yaml(config: Config) -> str:
 
     A key that may not be written, because it has no effect beside the others, is left out.
     """
-    return yaml.dump(
-        _written(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
-    )
+    return dump(_written(config))
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -187,32 +161,38 @@ def find_config(name_or_path: str) -> Path:
     shipped = shipped_configs()
     if name_or_path in shipped:
         return shipped[name_or_path]
-    path = Path(name_or_path)
-    if path.is_file():
+    path, shown = Path(name_or_path), redact(plain(name_or_path))
+    if _is_file(path):
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ConfigError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    near = difflib.get_close_matches(name_or_path, shipped, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped are: {', '.join(shipped) or 'none'}"
-    raise ConfigError(f"{name_or_path}: neither a shipped configuration nor a file; {hint}")
-
-
-def _where(mark: Any) -> str:
-    return f"line {mark.line + 1}"
-
-
-def _parse(content: bytes | str, source: str) -> Any:
-    try:
-        return yaml.load(content, Loader=_Loader)
-    except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
         raise ConfigError(
-            f"{source}, {_where(mark) if mark else 'YAML'}: {error.problem}"
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
+            f"{shown}: {_what_it_is(path)}; name a file, or one of {_shipped_names()}"
+        )
+    near = difflib.get_close_matches(shown, shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped are: {_shipped_names()}"
+    raise ConfigError(f"{shown}: neither a shipped configuration nor a file; {hint}")
+
+
+def _shipped_names() -> str:
+    return ", ".join(shipped_configs()) or "none"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name of a thousand letters, a folder that may not be read
+        return False
+
+
+def _what_it_is(path: Path) -> str:
+    """What stands in the place of a file."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or "no name of a file"
+    return "is a folder" if stat.S_ISDIR(mode) else "no ordinary file"
 
 
 def _override(table: dict[str, Any], item: str, problems: list[str]) -> str | None:
@@ -222,8 +202,11 @@ def _override(table: dict[str, Any], item: str, problems: list[str]) -> str | No
     if not sign or not all(name.split(".")):
         problems.append(f"--set {item}: write it as section.key=value")
         return None
+    if name.count(".") > _DEEPEST_NAME:
+        problems.append(f"{plain(name, 80)}: no such key")
+        return None
     try:
-        value = _parse(text, f"--set {item}")
+        value = parse(text, f"--set {plain(name, 80)}")
     except ConfigError as error:
         problems.append(str(error))
         return None
@@ -266,12 +249,23 @@ def _drop_ineffective(table: dict[str, Any], overridden: set[str], error: Valida
     return False
 
 
-def _not_finite(value: Any, name: str = "") -> Iterator[str]:
+def _unfit_values(value: Any, name: str = "") -> Iterator[str]:
+    """Values that no key may have: a number that is none, a key or password, control characters."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _not_finite(inner, f"{name}.{key}" if name else str(key))
+            if holds_secret(key):
+                yield f"{name}.***: {_KEPT_OUT}"
+            yield from _unfit_values(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _unfit_values(inner, name)
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{name}: must be a finite number, got {value}"
+    elif isinstance(value, str):
+        if _UNWRITABLE.search(value):
+            yield f"{name}: holds a character that no name has, got {quoted(value)}"
+        if holds_secret(value):
+            yield f"{name}: {_KEPT_OUT}"
 
 
 def _sentences(error: ValidationError) -> Iterator[str]:
@@ -282,7 +276,10 @@ def _sentences(error: ValidationError) -> Iterator[str]:
         if name in said and detail["type"] != "value_error":
             continue  # the alternatives of one union
         said.add(name)
-        text = _sentence(detail, name, annotation)
+        if detail["type"] == "extra_forbidden" and len(said) > _MOST_SHOWN:
+            text = "no such key"  # looking for the nearest takes time, and nobody sees it
+        else:
+            text = _sentence(detail, name, annotation)
         yield f"{name}: {text}" if name else text
 
 
@@ -300,11 +297,10 @@ def _sentence(detail: ErrorDetails, name: str, annotation: Any) -> str:
     }
     if kind in bounds:
         key, word = bounds[kind]
-        return f"must be {word} {context[key]}, got {got!r}"
+        return f"must be {word} {context[key]}, got {quoted(got)}"
     if kind == "string_pattern_mismatch":
-        return f"must match {context['pattern']}, got {got!r}"
-    shown = repr(got) if len(repr(got)) <= 60 else repr(got)[:57] + "..."
-    return f"expected {_described(annotation)}, got {shown}"
+        return f"must match {context['pattern']}, got {quoted(got)}"
+    return f"expected {_described(annotation)}, got {quoted(got)}"
 
 
 def _field_at(loc: tuple[int | str, ...]) -> tuple[str, Any]:

@@ -1,8 +1,8 @@
 """What a person sees while stages work. Everything goes to stderr; results belong to stdout.
 
 A stage calls `say`, `warn` and `progress` and need not know where it runs: in a stage's own process
-they become JSON events on a pipe (`send_events_to`), in the parent a `Display` turns the events
-into a live view on a terminal, or into plain lines elsewhere.
+they become JSON events on a pipe (`send_events_to`), in the parent a `scmini.display.Display` turns
+the events into a live view on a terminal, or into plain lines elsewhere.
 """
 
 import json
@@ -11,18 +11,35 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, TextIO
+from typing import IO, Any, Protocol
 
-PLAIN_SECONDS = 10.0
+from scmini.quoting import redact
+
 EVENT_SECONDS = 0.2
 EXAMPLE_LINES, EXAMPLE_WIDTH = 12, 100
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
 
 _events_fd: int | None = None
 _last_event = 0.0
-_display: "Display | None" = None
+
+
+class Listener(Protocol):
+    """Who shows what this process says."""
+
+    def line(self, text: str) -> None: ...
+
+    def example(self, label: str, event: Mapping[str, Any]) -> None: ...
+
+
+_listener: Listener | None = None
+
+
+def listen(listener: Listener | None) -> None:
+    """From now on, what this process says goes to `listener`; None: to stderr."""
+    global _listener
+    _listener = listener
 
 
 def to_stderr(text: str) -> None:
@@ -33,7 +50,7 @@ def to_stderr(text: str) -> None:
         mute(sys.stderr)
 
 
-def mute(stream: TextIO) -> None:
+def mute(stream: IO[str]) -> None:
     """Let what a stream still has to say go nowhere: a failure at exit would change the code."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
@@ -41,8 +58,8 @@ def mute(stream: TextIO) -> None:
 
 
 def clean(text: str) -> str:
-    """Text of models and files without escape sequences and control characters."""
-    return _CONTROL.sub("", text)
+    """Text of models and files without escape sequences, control characters and keys."""
+    return redact(_CONTROL.sub("", text))
 
 
 def send_events_to(fd: int) -> None:
@@ -77,8 +94,8 @@ def warn(text: str) -> None:
 def _tell(kind: str, text: str) -> None:
     if _events_fd is not None:
         emit({"event": kind, "text": text})
-    elif _display is not None:
-        _display.line(text if kind == "say" else f"warning: {text}")
+    elif _listener is not None:
+        _listener.line(text if kind == "say" else f"warning: {text}")
     else:
         to_stderr(text if kind == "say" else f"warning: {text}")
 
@@ -92,12 +109,12 @@ def example(title: str, parts: Sequence[tuple[str, str]]) -> None:
             have special tokens, which stand in ⟦ ⟧.
     """
     rows = _shortened(parts)
-    lines = [f"  {label:<9} {line}" for label, line in _labelled(rows)]
+    lines = [f"  {label:<9} {line}" for label, line in labelled(rows)]
     event = {"event": "example", "title": title, "rows": rows, "text": "\n".join([title, *lines])}
     if _events_fd is not None:
         emit(event)
-    elif _display is not None:
-        _display.example("", event)
+    elif _listener is not None:
+        _listener.example("", event)
     else:
         to_stderr(str(event["text"]))
 
@@ -130,7 +147,7 @@ def _cut(line: str) -> str:
     return f"{line[:half]} ... {line[-half:]}"
 
 
-def _labelled(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, str]]:
+def labelled(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, str]]:
     """Lines, the first of each part with its label."""
     for label, lines in rows:
         for number, line in enumerate(lines):
@@ -155,146 +172,6 @@ def progress(done: int, total: int, unit: str = "", **figures: float | str) -> N
     emit({"event": "progress", "done": done, "total": total, "unit": unit, "figures": shown})
 
 
-@dataclass
-class _Line:
-    """Progress of one task: rate and time left are measured from the first event of a phase."""
-
-    label: str
-    started: float
-    first_done: int = 0
-    done: int = 0
-    total: int = 0
-    unit: str = ""
-    figures: dict[str, float | str] = field(default_factory=dict)
-    printed: float = 0.0
-
-    def update(self, event: Mapping[str, Any], now: float) -> bool:
-        """Take in a progress event; True when it begins or ends a phase."""
-        done, total, unit = int(event["done"]), int(event["total"]), str(event["unit"])
-        fresh = (total, unit) != (self.total, self.unit) or done < self.done
-        if fresh:
-            self.started, self.first_done = now, done
-        self.done, self.total, self.unit = done, total, unit
-        self.figures = dict(event["figures"])
-        return fresh or done >= total
-
-    def text(self, now: float) -> str:
-        share = f" ({100 * self.done // self.total} %)" if self.total else ""
-        parts = [f"{self.done}/{self.total}{' ' + self.unit if self.unit else ''}{share}"]
-        seconds, finished = now - self.started, self.done - self.first_done
-        if finished > 0 and seconds > 0:
-            rate = finished / seconds
-            per = f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
-            parts.append(f"{per} {self.unit or 'units'}/s")
-            if self.done < self.total:
-                parts.append(f"{duration((self.total - self.done) / rate)} left")
-        parts += [f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in self.figures.items()]
-        return clean(", ".join(parts))
-
-
-class Display:
-    """The parent's view of the events of its stages; a context manager.
-
-    On a terminal one line per task with a bar; otherwise plain lines, at most one in 10 s for each
-    task and always the first and the last.
-    """
-
-    def __init__(self, live: bool | None = None) -> None:
-        self.live = sys.stderr.isatty() if live is None else live
-        self._lines: dict[str, _Line] = {}
-        self._bars: dict[str, Any] = {}
-        self._rich: Any = None
-
-    def __enter__(self) -> "Display":
-        global _display
-        if self.live:
-            self._rich = _rich_progress()
-            self._rich.start()
-        _display = self
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _display
-        _display = None
-        if self._rich is not None:
-            self._rich.stop()
-
-    def line(self, text: str) -> None:
-        """A line of text above the live view, or simply the next line."""
-        if self._rich is not None:
-            from rich.text import Text
-
-            self._rich.console.print(Text(clean(text)))
-        else:
-            to_stderr(text)
-
-    def example(self, label: str, event: Mapping[str, Any]) -> None:
-        """An example event of a task."""
-        head = f"{label}: " if label else ""
-        if self._rich is None:
-            self.line(head + event["text"])
-            return
-        from rich.text import Text
-
-        shown = Text(clean(head + event["title"]))
-        for name, lines in event["rows"]:
-            for label, line in _labelled([(name, lines)]):
-                shown.append(f"\n  {label:<9} ", "dim")
-                text = Text(clean(line), "cyan" if name == "prompt" else "green")
-                text.highlight_regex("⟦[^⟦⟧]*⟧", "magenta")
-                shown.append_text(text)
-        self._rich.console.print(shown)
-
-    def start(self, label: str) -> None:
-        """A task begins."""
-        self._lines[label] = _Line(label, time.monotonic())
-        if self._rich is not None:
-            self._bars[label] = self._rich.add_task(label, total=None, text="")
-        else:
-            self.line(f"{label}: starts")
-
-    def finish(self, label: str, text: str) -> None:
-        """A task ended; `text` says how. Its bar becomes a line, so that the view never outgrows
-        the screen."""
-        if self._rich is not None and label in self._bars:
-            self._rich.remove_task(self._bars.pop(label))
-        self.line(f"{label}: {text}")
-
-    def progress(self, label: str, event: Mapping[str, Any]) -> None:
-        """A progress event of a task."""
-        now = time.monotonic()
-        line = self._lines.setdefault(label, _Line(label, now))
-        edge = line.update(event, now)
-        if self._rich is not None:
-            self._rich.update(
-                self._bars[label],
-                total=max(line.total, 1),
-                completed=line.done,
-                text=line.text(now),
-            )
-        elif edge or now - line.printed >= PLAIN_SECONDS:
-            line.printed = now
-            self.line(f"{label}: {line.text(now)}")
-
-
-def _rich_progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[text]}", markup=False),
-        console=Console(stderr=True),
-    )
-
-
 def duration(seconds: float) -> str:
     """Seconds as people write them: 3.2 s, 4:05, 2:10:00."""
     if seconds < 59.95:
@@ -302,6 +179,16 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     minutes, hours = whole // 60 % 60, whole // 3600
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def about(seconds: float) -> str:
+    """Seconds as people guess them: under a minute, about 12 min, about 3.5 h, about 2.1 days."""
+    if seconds < 60:
+        return "under a minute"
+    if seconds < 99.5 * 60:
+        return f"about {seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"about {hours:.1f} h" if hours < 48 else f"about {hours / 24:.1f} days"
 
 
 def size(count: float) -> str:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from scmini.config import Config
-from scmini.console import Display, size, table
+from scmini.console import size, table
 from scmini.data.hub.cache import HubRepo, Record, fetched, read_record, write_record
 from scmini.data.hub.files import BODY, ENCODER, MODEL, REWARD_MODEL, fetch, quiet_hub
 from scmini.data.hub.rows import DATA_SET_SPLITS, default_split, parts
 from scmini.data.hub.wanted import Item, Wanted, look_for
+from scmini.display import Display
 from scmini.errors import DataError, EnvironmentProblem, Interrupted, ServiceError
 from scmini.evaluation.benchmarks import lm_eval_data
 from scmini.locks import locked

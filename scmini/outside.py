@@ -118,7 +118,8 @@ def folder_digest(folder: Path) -> str:
 def check(config: Config, stages: Collection[str], finished: Collection[str]) -> None:
     """Look for all that some stages need on this machine, before anything runs.
 
-    An engine is not looked for where its stage was `finished` before: it may not be needed again.
+    An engine or a tracker is not looked for where its stage was `finished` before: it may not be
+    needed again.
 
     Raises:
         DataError: a file or folder is missing; names the key.
@@ -133,6 +134,8 @@ def check(config: Config, stages: Collection[str], finished: Collection[str]) ->
         _check_package("alpaca_eval", "judge.alpaca_eval_annotator", "alpaca-eval' 'setuptools<81")
     if config.judge.model and "judge" in stages and "judge" not in finished:
         _check_key(config.judge)
+    for section in _trained(config, set(stages) - set(finished)):
+        _check_tracker(f"{section}.report_to", getattr(config, section).report_to)
     for stage in stages:
         named = {key: name for key, (name, _) in models(config, stage).items()}
         if stage == "data" and config.data.dataset_name:
@@ -157,6 +160,41 @@ def has_module(name: str) -> bool:
 def _check_package(module: str, key: str, package: str) -> None:
     if not has_module(module):
         raise EnvironmentProblem(f"{key} needs a package: pip install '{package}'")
+
+
+def _trained(config: Config, stages: Collection[str]) -> list[str]:
+    """The sections of the trainings that these stages do."""
+    found = [stage for stage in ("sft", "dpo") if stage in stages]
+    continued = "sft" in stages and "sft-continued" in config.methods
+    return [*found, "sft_continued"] if continued else found
+
+
+def _check_tracker(key: str, tracker: str) -> None:
+    if tracker == "none":
+        return
+    _check_package(tracker, f"{key}: {tracker}", tracker)
+    if tracker == "wandb" and not _knows_wandb():
+        raise EnvironmentProblem(
+            f"{key}: wandb finds no login on this machine, and a stage cannot ask for one: "
+            "wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline"
+        )
+
+
+def _knows_wandb() -> bool:
+    """Whether Weights & Biases needs no login, or may find one.
+
+    Its servers have changed their names, so a .netrc counts whatever it names, and so does a file
+    of settings, which may name a mode; a login that is none is found when training begins.
+    """
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    home = Path.home()
+    settings = Path(os.environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb") / "settings"
+    here = Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"
+    logins = [Path(os.environ.get("NETRC") or home / ".netrc").expanduser(), home / "_netrc"]
+    return any(path.is_file() for path in (settings, here, *logins))
 
 
 def _check_key(judge: JudgeConfig) -> None:

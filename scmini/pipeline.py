@@ -9,35 +9,39 @@ import contextlib
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import IO, Any
 
-from scmini.child_process import ending, lines, stop, tail
+from scmini.child_process import Signals, begin, brief, ending, lines, stop, tail
 from scmini.config import Config
 from scmini.config_file import config_to_yaml
-from scmini.console import Display, clean, duration, say, size, table
+from scmini.console import clean, duration, say, size
 from scmini.download import offline_environment
-from scmini.errors import Interrupted, ScminiError, StageFailed, UsageError
+from scmini.errors import (
+    EnvironmentProblem,
+    Interrupted,
+    ScminiError,
+    StageFailed,
+    StoreBusy,
+    StoreDamaged,
+    UsageError,
+)
 from scmini.locks import locked
-from scmini.run_folder import RunFolder, links
+from scmini.run_folder import RunFolder
+from scmini.run_status import status as status
+from scmini.run_status import store_root as store_root
 from scmini.stage_graph import STAGES, Task, check_sources, check_stage, inputs, recipe, tasks
-from scmini.store import Finished, Recipe, Store, disk_full_is_said, explain
-from scmini.worker import EVENTS_VARIABLE
+from scmini.store import Finished, Recipe, Store, disk_full_is_said
+from scmini.view.forecast import expected_seconds
+from scmini.view.live import RunDisplay
+from scmini.view.outcome import outcome
 
 WORKER = [sys.executable, "-P", "-m", "scmini.worker"]
-
-
-def store_root(run_dir: Path) -> Path:
-    """Where the finished stages of a run are: shared by all runs side by side with it."""
-    named = os.environ.get("SCMINI_STORE")
-    return Path(named) if named else run_dir.resolve().parent / ".store"
 
 
 def run(
@@ -48,11 +52,13 @@ def run(
     from_: str | None = None,
     until: str | None = None,
     force: bool = False,
+    planned: Mapping[Task, float] | None = None,
 ) -> dict[Task, Finished]:
     """Finish the stages of a run: all, one (`only`), or a range (`from_`, `until`; both included).
 
     Args:
         force: make the stages anew even where they are finished.
+        planned: seconds of tasks on this machine's card by the plan, to tell how long it will take.
 
     Returns:
         The tasks up to the last chosen stage, all of them finished for this configuration.
@@ -65,7 +71,7 @@ def run(
     """
     chosen = _chosen(config, only, from_, until)
     check_sources(config, RunFolder(run_dir).finished_stages)
-    return _Run(config, run_dir, chosen, force, only or "all").all()
+    return _Run(config, run_dir, chosen, force, only or "all", planned or {}).all()
 
 
 def _chosen(config: Config, only: str | None, from_: str | None, until: str | None) -> list[str]:
@@ -83,13 +89,21 @@ class _Run:
     """One `scmini run`."""
 
     def __init__(
-        self, config: Config, run_dir: Path, chosen: list[str], force: bool, what: str
+        self,
+        config: Config,
+        run_dir: Path,
+        chosen: list[str],
+        force: bool,
+        what: str,
+        planned: Mapping[Task, float],
     ) -> None:
         self.config, self.chosen, self.force, self.what = config, chosen, force, what
         self.current = chosen[0]
         self.path = run_dir
         self.tasks = tasks(config)
         self.store = Store(store_root(run_dir))
+        self.planned = planned
+        self.signals = Signals()
         self.finished: dict[Task, Finished] = {}
         self.built: set[Task] = set()
 
@@ -108,24 +122,63 @@ class _Run:
         """Finish every chosen task; returns what is finished."""
         self.path.mkdir(parents=True, exist_ok=True)
         busy = f"another scmini run is working in {self.path}"
-        with disk_full_is_said(self.path), locked(self.path / ".lock", busy):
+        with (
+            self._next_command(),
+            disk_full_is_said(self.path),
+            locked(self.path / ".lock", busy),
+        ):
             self.folder = RunFolder(self.path)
             self.folder.begin(self.config, self.tasks)
-            with Display() as self.display, _signals_interrupt():
-                try:
-                    for phase, group in groupby(self.tasks, key=lambda task: task.phase):
-                        for _, same in groupby(group, key=lambda task: task.stage):
-                            self._stage(phase, list(same))
-                        if phase == self.chosen[-1]:
-                            break
-                except Interrupted as error:
-                    raise Interrupted(f"{error}. {self._kept()}") from None
-        say(self._table())
+            try:
+                with (
+                    self.signals.caught(),
+                    RunDisplay(self.config.name, self.path, self._wanted()) as self.display,
+                ):
+                    for phase, group in groupby(self._wanted(), key=lambda task: task.phase):
+                        self._phase(phase, list(group))
+            except Interrupted as error:
+                raise Interrupted(f"{error}; {self._kept()}") from None
+        say(outcome(self.path, self.finished, self.built))
         if not self.built and len(self.finished) == len(self.tasks):
             say("Nothing to run: all of it is finished.")
         elif not self.built:
             say(f"Nothing to run up to {self.chosen[-1]}: it is finished.")
         return self.finished
+
+    @contextlib.contextmanager
+    def _next_command(self) -> Iterator[None]:
+        """Add to what went wrong what can be typed next."""
+        folder = shlex.quote(str(self.path))
+        try:
+            yield
+        except StoreBusy as error:
+            watch = f"scmini status --watch -o {folder}"
+            raise StoreBusy(f"{error}\nto watch it: {watch}") from error
+        except StoreDamaged as error:
+            repair = f"scmini repair -o {folder} && {self.resume}"
+            raise StoreDamaged(f"{error}\nto go on: {repair}") from error
+        except EnvironmentProblem as error:
+            raise EnvironmentProblem(f"{error}\nto go on: {self.resume}") from error
+
+    def _wanted(self) -> list[Task]:
+        """All tasks up to the last chosen stage."""
+        stages = list(STAGES)
+        last = stages.index(self.chosen[-1])
+        return list(takewhile(lambda task: stages.index(task.phase) <= last, self.tasks))
+
+    def _phase(self, phase: str, group: list[Task]) -> None:
+        before = len(self.built)
+        for _, same in groupby(group, key=lambda task: task.stage):
+            self._stage(phase, list(same))
+        if len(self.built) > before:
+            self._forecast()
+            self.display.stage_ended(phase)
+
+    def _forecast(self) -> None:
+        pending = [task for task in self._wanted() if task not in self.finished]
+        self.display.expected = expected_seconds(
+            self.config, pending, self.finished, self.store, self.planned
+        )
 
     def _stage(self, phase: str, group: list[Task]) -> None:
         """Finish the tasks of a stage; those that read from one another take several processes."""
@@ -140,11 +193,13 @@ class _Run:
                 found = self.store.find(made)
                 if found and not (self.force and phase in self.chosen):
                     self._done(task, found)
+                    self.display.kept(task, found.seconds)
                 else:
                     pending.append((task, made))
             if pending and phase not in self.chosen:
                 raise UsageError(self._unfinished(pending[0][0]))
             if pending:
+                self._forecast()
                 _Child(self, pending).work()
             waiting = [task for task in waiting if task not in ready]
 
@@ -168,22 +223,14 @@ class _Run:
             raise ScminiError(f"{self.store.root / folder} is not there")
         self.built.add(task)
         self._done(task, found)
-        self.display.finish(task.label, f"done in {duration(found.seconds)}, {size(found.size)}")
+        text = f"done in {duration(found.seconds)}, {size(found.size)}"
+        self.display.done(task, found.seconds, text)
 
     def _kept(self) -> str:
         return (
-            f"Kept: {len(self.finished)} of {len(self.tasks)} tasks are finished, and what was "
-            f"begun goes on where it was with: {self.resume}"
+            f"{len(self.finished)} of {len(self.tasks)} tasks are finished, and what was begun is "
+            f"kept\nto go on: {self.resume}"
         )
-
-    def _table(self) -> str:
-        rows = []
-        for task, found in self.finished.items():
-            state = "done" if task in self.built else "kept"
-            where = self.path / next(iter(links(task)))
-            numbers = [duration(found.seconds), size(found.size)]
-            rows.append([task.stage, task.method or "", state, *numbers, str(where)])
-        return table(["stage", "method", "state", "time", "size", "where"], rows)
 
 
 class _Child:
@@ -194,6 +241,7 @@ class _Child:
         self.recipes = dict(pending)
         self.current = pending[0][0]
         self.error: dict[str, Any] | None = None
+        self.logged = {task: len(self._logged(task)) for task in self.recipes}
 
     def work(self) -> None:
         """Start the process, follow its events, and raise what went wrong."""
@@ -224,41 +272,30 @@ class _Child:
         }
 
     def _follow(self, job: Path, output: IO[bytes]) -> int:
-        receive, send = os.pipe()
         offline = offline_environment(self.run.config, self.current.stage)
-        environment = {**os.environ, **offline, EVENTS_VARIABLE: str(send)}
-        # Threads that wait spin for microseconds, then sleep. By default they spin far longer, and
-        # one busy neighbour on a core makes a small model five times slower.
-        environment.setdefault("GOMP_SPINCOUNT", "10000")
-        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        try:
-            process = subprocess.Popen(
-                [*WORKER, str(job)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[send],
-                env=environment,
-                start_new_session=True,  # Ctrl-C comes to us alone
-            )
-        except BaseException:
-            os.close(receive)
-            raise
-        finally:
-            os.close(send)
+        self.run.display.prepare(self.current)
+        process, receive = begin([*WORKER, str(job)], output, offline)
         try:
             for line in lines(receive, process):
-                self._take(json.loads(line))
+                if line is not None:
+                    self._take(json.loads(line))
+                self.run.display.tick(process.pid)
             return process.wait()
+        except Interrupted:
+            self.run.display.line("stopping; progress is kept (once more: at once)")
+            self.run.display.ended(self.current, "stopped")
+            raise
         finally:
-            os.close(receive)
-            stop(process)
+            try:
+                os.close(receive)
+            finally:
+                stop(process, self.run.signals)
 
     def _take(self, event: dict[str, Any]) -> None:
         display, kind = self.run.display, event["event"]
         if kind == "start":
             self.current = next(task for task in self.recipes if task.key == event["task"])
-            display.start(self.current.label)
+            display.begin(self.current)
         elif kind == "progress":
             display.progress(self.current.label, event)
         elif kind == "finish":
@@ -271,91 +308,33 @@ class _Child:
             prefix = "warning: " if kind == "warn" else ""
             display.line(f"{self.current.label}: {prefix}{event['text']}")
 
+    def _log(self, task: Task) -> Path:
+        return self.run.store.partial(self.recipes[task]) / "log" / "text.log"
+
+    def _logged(self, task: Task) -> bytes:
+        """What libraries said, in this process and in those that were killed before."""
+        log = self._log(task)
+        return log.read_bytes() if log.is_file() else b""
+
     def _failure(self, code: int, output: IO[bytes]) -> ScminiError:
         """What to tell the person about a process that ended badly."""
         label = self.current.label
-        log = self.run.store.partial(self.recipes[self.current]) / "log" / "text.log"
         if self.error is not None:
             message, code = clean(self.error["message"]), self.error["code"]
+            message = message if self.error["expected"] else brief(message)
         else:
             message, code = ending(code)
-        self.run.display.finish(label, "stopped" if code == 6 else "failed")
+        self.run.display.ended(self.current, "stopped" if code == 6 else "failed")
         text = f"{label}: {message}"
         if self.error is None or not self.error["expected"]:
             output.seek(0)
-            said = tail(log.read_bytes() if log.exists() else b"") or tail(output.read())
-            text += f"\n{said}\nlog: {log}" if said else ""
+            said = tail(self._logged(self.current)[self.logged[self.current] :]) or tail(
+                output.read()
+            )
+            text += f"\n{said}\nlog: {self._log(self.current)}" if said else ""
         if self.error is None or not self.error["busy"]:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self.run.folder.fail(self.current, self.recipes[self.current].digest, message)
-        return StageFailed(label, code, f"{text}\nto go on: {self.run.resume}")
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`."""
-
-    def stop(number: int, _frame: Any) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def status(config: Config, run_dir: Path) -> dict[str, Any]:
-    """The state of every task of a run, in the shape of `scmini status --json` (DESIGN 5.1)."""
-    store, folder = Store(store_root(run_dir)), RunFolder(run_dir)
-    finished: dict[Task, Finished] = {}
-    rows = []
-    for task in tasks(config):
-        state, reason = _state(config, task, store, folder, finished)
-        found = finished.get(task)
-        row: dict[str, Any] = {
-            "name": task.stage,
-            "method": task.method,
-            "state": state,
-            "reason": reason,
-        }
-        row["seconds"] = found.seconds if found else None
-        row["bytes"] = found.size if found else None
-        row["path"] = str(found.path) if found else None
-        rows.append(row)
-    return {"run": str(run_dir), "stages": rows}
-
-
-def _state(
-    config: Config, task: Task, store: Store, folder: RunFolder, finished: dict[Task, Finished]
-) -> tuple[str, str]:
-    """State and reason; a done task is put into `finished`."""
-    entry = folder.entry(task)
-    waits = [i.task.label for i in inputs(config, task).values() if i.task not in finished]
-    if waits:
-        first, more = list(dict.fromkeys(waits))[:3], len(dict.fromkeys(waits)) - 3
-        reason = f"waits for {', '.join(first)}" + (f" and {more} more" if more > 0 else "")
-        return ("stale" if entry.get("folder") else "missing"), reason
-    try:
-        made = recipe(config, task, finished)
-        found = store.find(made)
-        before = store.load(entry["folder"]) if entry.get("folder") else None
-    except ScminiError as error:
-        return "failed", str(error)
-    if found:
-        finished[task] = found
-    if store.is_building(made):
-        return "running", ""
-    if found:
-        return "done", ""
-    failed = entry.get("failed")
-    if failed and failed["digest"] == made.digest:
-        return "failed", failed["message"]
-    if before:
-        return "stale", "; ".join(explain(before.recipe, made))
-    if store.partial(made).exists():
-        return "missing", "begun; goes on where it was"
-    gone = "its folder was set aside or deleted"
-    return "missing", gone if entry.get("folder") else "never run"
+        first = f"scmini repair -o {shlex.quote(str(self.run.path))} && "
+        resume = f"{first if 'scmini repair' in message else ''}{self.run.resume}"
+        return StageFailed(label, code, f"{text}\nto go on: {resume}")

@@ -6,6 +6,7 @@ names.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from scmini.errors import DataError, RecordError
+from scmini.json_lines import lines_of, parse_row
+from scmini.quoting import plain, quoted
 
 Message = dict[str, str]
 """One chat turn: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -87,29 +90,16 @@ class Reward:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for each non-empty line; else `RecordError`."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: no ordinary file; name a file of JSON lines")
     try:
         handle = open(path, "rb")  # noqa: SIM115 (closed by the with below)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     with handle:
-        for number, raw in enumerate(handle, start=1):
+        for number, raw in lines_of(path, handle):
             if raw.strip():
                 yield number, parse_row(path, number, raw)
-
-
-def parse_row(path: Path, number: int, raw: bytes) -> dict[str, Any]:
-    """The JSON object of one line; `RecordError` if it is not UTF-8, not JSON, or not an object."""
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecordError(path, number, f"not UTF-8 ({error.reason})") from None
-    except json.JSONDecodeError as error:
-        raise RecordError(path, number, f"not JSON ({error.msg})") from None
-    except (RecursionError, ValueError) as error:
-        raise RecordError(path, number, f"not readable JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise RecordError(path, number, f"expected an object, got {type(row).__name__}")
-    return row
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
@@ -144,7 +134,7 @@ def _list(row: dict[str, Any], key: str, kinds: type | tuple[type, ...]) -> list
         names = (
             kinds.__name__ if isinstance(kinds, type) else " or ".join(k.__name__ for k in kinds)
         )
-        raise ValueError(f"field {key!r}: expected a list of {names}, got {value!r:.80}")
+        raise ValueError(f"field {key!r}: expected a list of {names}, got {quoted(value)}")
     return value
 
 
@@ -156,7 +146,7 @@ def _messages(row: dict[str, Any]) -> list[Message]:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
             raise ValueError(
                 f"field 'prompt': expected {{'role': one of {', '.join(ROLES)}, 'content': text}}, "
-                f"got {message!r:.80}"
+                f"got {quoted(message)}"
             )
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
@@ -172,7 +162,7 @@ def _pair(row: dict[str, Any]) -> Pair:
         _messages(row),
         _text(row, "chosen"),
         _list(row, "rejected", str),
-        [float(x) for x in _list(row, "similarity", (int, float))],
+        [_finite("similarity", x) for x in _list(row, "similarity", (int, float))],
         _list(row, "response_index", int),
     )
     if not pair.rejected:
@@ -191,8 +181,20 @@ def _generation(row: dict[str, Any]) -> Generation:
 def _reward(row: dict[str, Any]) -> Reward:
     for key in ("reward", "target_reward"):
         if not isinstance(row.get(key), (int, float)) or isinstance(row[key], bool):
-            raise ValueError(f"field {key!r}: expected a number, got {row.get(key)!r:.80}")
-    return Reward(_text(row, "id"), float(row["reward"]), float(row["target_reward"]))
+            raise ValueError(f"field {key!r}: expected a number, got {quoted(row.get(key))}")
+    reward, target = (_finite(key, row[key]) for key in ("reward", "target_reward"))
+    return Reward(_text(row, "id"), reward, target)
+
+
+def _finite(key: str, value: float) -> float:
+    """JSON as Python reads it knows NaN, Infinity, and whole numbers of any size."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"field {key!r}: expected a finite number, got {quoted(value)}")
+    return number
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
@@ -205,7 +207,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
             raise RecordError(path, number, str(error)) from None
         if record.id in seen:
             raise RecordError(
-                path, number, f"id {record.id!r} was already used in line {seen[record.id]}"
+                path, number, f"id {quoted(record.id)} was already used in line {seen[record.id]}"
             )
         seen[record.id] = number
         found.append(record)
@@ -215,6 +217,15 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
 def read_examples(path: Path) -> list[Example]:
     """Rows of data/train.jsonl and data/test.jsonl."""
     return _read(path, _example)
+
+
+def stream_examples(path: Path) -> Iterator[Example]:
+    """The same, one in memory at a time; ids are not compared."""
+    for number, row in read_jsonl(path):
+        try:
+            yield _example(row)
+        except ValueError as error:
+            raise RecordError(path, number, str(error)) from None
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -274,14 +285,22 @@ def write_table(path: Path, table: Any) -> None:
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> Any:
-    """A Parquet file, or some columns of it, as a pyarrow Table; `DataError` if it is torn."""
+    """A Parquet file, or some columns of it, as a pyarrow Table.
+
+    Raises:
+        DataError: it is torn, no such file, or lacks a column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=columns)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from None
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(f"{path}: column {missing[0]!r} is missing")
+            return file.read(columns=columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({plain(error, 200)})") from None
 
 
 def read_samples(folder: Path) -> Iterator[Samples]:
@@ -297,17 +316,37 @@ def read_samples_shard(path: Path) -> list[Samples]:
         DataError: not such a file.
         RecordError: a row without id, or with responses that are none.
     """
+    import pyarrow as pa
+
     table = read_table(path)
     missing = [name for name in _SAMPLES_COLUMNS if name not in table.column_names]
     if missing:
         raise DataError(f"{path}: column {missing[0]!r} is missing")
+    try:
+        rows = table.to_pylist()
+    except (ValueError, pa.ArrowException) as error:  # text that is no UTF-8, times out of range
+        raise DataError(f"{path}: not readable ({plain(error, 200)})") from None
     found = []
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in enumerate(rows, start=1):
         try:
-            responses = [Response(**response) for response in row["responses"]]
-        except TypeError as error:
-            raise RecordError(path, number, f"column 'responses': {error}") from None
-        if not isinstance(row["id"], str) or any(r.text is None for r in responses):
-            raise RecordError(path, number, "an id or a text is missing")
-        found.append(Samples(row["id"], row["prompt_token_ids"], responses, row.get("failure")))
+            found.append(_samples(row))
+        except ValueError as error:
+            raise RecordError(path, number, str(error)) from None
     return found
+
+
+def _samples(row: dict[str, Any]) -> Samples:
+    """`ValueError` for a row that is none."""
+    try:
+        responses = [Response(**response) for response in row["responses"]]
+    except TypeError as error:
+        raise ValueError(f"column 'responses': {plain(error)}") from None
+    if not isinstance(row["id"], str) or any(not isinstance(r.text, str) for r in responses):
+        raise ValueError("an id or a text is missing")
+    for reason in (row.get("failure"), *(r.finish_reason for r in responses)):
+        if not isinstance(reason, str | None):
+            raise ValueError(f"a reason that is no text: {quoted(reason)}")
+    for ids in (row["prompt_token_ids"], *(r.token_ids for r in responses)):
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise ValueError("token ids are missing, or no whole numbers")
+    return Samples(row["id"], row["prompt_token_ids"], responses, row.get("failure"))

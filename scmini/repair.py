@@ -1,7 +1,8 @@
-"""`scmini repair`: read the finished stages of a run again, and set aside those that are damaged.
+"""`scmini repair`: read the finished stages of a run again, and set aside what is damaged.
 
-Sizes come first, as they take no time; then every file is read. A damaged stage is renamed, never
-deleted, and `scmini run` makes it anew. What follows it stays valid if the same files come out.
+Sizes come first, as they take no time; then every file is read. What is damaged is renamed, never
+deleted, and `scmini run` makes it anew: of a stage that goes on from shards or checkpoints no more
+than that (scmini/salvage.py). What follows stays valid if the same files come out.
 """
 
 import errno
@@ -18,11 +19,13 @@ from typing import Any, Literal
 
 from scmini.config import Config
 from scmini.config_file import load_config
-from scmini.console import Display, say, size, table
+from scmini.console import say, size, table
+from scmini.display import Display
 from scmini.errors import ScminiError, StoreBusy, UsageError
 from scmini.locks import is_locked, locked
 from scmini.pipeline import store_root
 from scmini.run_folder import RunFolder
+from scmini.salvage import Outcome, set_aside
 from scmini.stage_graph import Task, inputs, recipe, tasks
 from scmini.store import MANIFEST, Finished, Recipe, Store, digest, sha256_of
 
@@ -43,11 +46,13 @@ class DamagedFile:
 
 @dataclass(frozen=True)
 class SetAside:
-    """A folder of the store that was renamed."""
+    """What was damaged of a folder of the store."""
 
     stages: list[str]
     folder: Path
     to: Path
+    outcome: Outcome
+    """What became of the rest."""
 
 
 @dataclass
@@ -102,8 +107,8 @@ def repair(config: Config, run_dir: Path, *, dry_run: bool = False) -> Repair:
     """Check every file of a run's finished stages, and set damaged stages aside.
 
     Checked are the stages that the configuration names, and those that run.json names: where a
-    manifest cannot be read, it alone knows what follows. A damaged folder of the store becomes
-    `<name>.damaged-N`, and the links of the run folder that lead into it are taken away.
+    manifest cannot be read, it alone knows what follows. What is damaged of a folder of the store
+    becomes `<name>.damaged-N`, and the links of the run folder that lead into it are taken away.
 
     Args:
         dry_run: only look; nothing is renamed, and a run may go on meanwhile.
@@ -136,14 +141,14 @@ def _repair(config: Config, run_dir: Path, *, dry_run: bool) -> Repair:
     for folder in checked:
         if not folder.damaged:
             continue
-        to = None if dry_run else _set_aside(store, record, folder)
-        if to is None and not dry_run:
+        aside = None if dry_run else _set_aside(store, record, folder)
+        if aside is None and not dry_run:
             done.skipped.append(folder.path.name)
             continue
         done.damaged += folder.damaged
-        if to is not None:
-            done.set_aside.append(SetAside(folder.labels, folder.path, to))
-        if folder.current:
+        if aside is not None:
+            done.set_aside.append(aside)
+        if folder.current and not (aside and aside.outcome == "not needed"):
             lacking.update(folder.labels)
     done.run_again = [task.label for task in tasks(config) if task.label in lacking]
     return done
@@ -295,8 +300,8 @@ def _progress(read: int, total: int, folder: _Folder) -> dict[str, Any]:
     return {"done": read // scale, "total": -(-total // scale), "unit": "MiB", "figures": figures}
 
 
-def _set_aside(store: Store, record: RunFolder, folder: _Folder) -> Path | None:
-    """Rename a damaged folder; None if another process has it, or has made it anew by now."""
+def _set_aside(store: Store, record: RunFolder, folder: _Folder) -> SetAside | None:
+    """Rename what is damaged; None if another process has it, or has made it anew by now."""
     path = folder.path
     try:
         with locked(store.lock(path.name), f"{path.name} is being built by another process"):
@@ -311,11 +316,23 @@ def _set_aside(store: Store, record: RunFolder, folder: _Folder) -> Path | None:
                 record.unlink(task, path)
             names = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
             to = next(name for name in names if not os.path.lexists(name))
-            os.rename(path, to)
-            say(f"set aside: {path} as {to.name}")
-            return to
+            bad = [each.path.relative_to(path).as_posix() for each in folder.damaged]
+            manifest = folder.found.manifest if folder.found else None
+            outcome = set_aside(path, to, store.partial_of(path.name), manifest, bad)
+            if outcome == "not needed" and folder.found:
+                for task in folder.tasks:
+                    record.finish(task, folder.found)
+            say(f"set aside: {_OUTCOMES[outcome]} of {path} as {to.name}")
+            return SetAside(folder.labels, path, to, outcome)
     except StoreBusy:
         return None
+
+
+_OUTCOMES = {
+    "whole": "all",
+    "rest goes on": "the damaged part",
+    "not needed": "what is not needed any more",
+}
 
 
 def _line(fault: DamagedFile) -> str:
@@ -342,8 +359,8 @@ def text(done: Repair) -> str:
         if len(done.damaged) > _SHOWN:
             lines.append(f"  and {len(done.damaged) - _SHOWN} more; --json names them all")
     if done.set_aside:
-        rows = [[", ".join(each.stages), str(each.to)] for each in done.set_aside]
-        lines += ["", table(["stage", "set aside as (delete it when you like)"], rows)]
+        rows = [[", ".join(a.stages), _OUTCOMES[a.outcome], str(a.to)] for a in done.set_aside]
+        lines += ["", table(["stage", "set aside", "as (delete it when you like)"], rows)]
     lines += [f"Not checked, as a process is working on it: {name}" for name in done.skipped]
     if done.run_again or done.damaged:
         lines += ["", *_next(done)]

@@ -81,7 +81,7 @@ STAGES = {
     "reward": Stage(("model", "reward"), seeded=False, version=2),
     "benchmark": Stage(("model", "benchmark"), seeded=True),
     "judge": Stage(("judge",), seeded=False),
-    "report": Stage(("report",), seeded=True),
+    "report": Stage(("report",), seeded=True, version=2),
 }
 
 _TRAIN, _TEST, _SHARDS = ("train.jsonl",), ("test.jsonl",), ("part-*.parquet",)

@@ -5,13 +5,12 @@
                                                (log/forced in it: begun anew by --force)
     .store/.dpo-self-contrast-4-3fa9c1d20b77.lock      held (flock) by the process that builds it
     .store/.dpo-self-contrast-4-3fa9c1d20b77.old/      replaced by --force, about to be deleted
-    .store/dpo-self-contrast-4-3fa9c1d20b77.damaged-1/ set aside by `scmini repair`
+    .store/dpo-self-contrast-4-3fa9c1d20b77.damaged-1/ what of it `scmini repair` set aside
 
 The manifest is written last and the folder renamed once, so a kill at any instant leaves either a
 finished folder or one to continue.
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -27,19 +26,23 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from scmini.errors import EnvironmentProblem, StageFailed, StoreDamaged
+from scmini import partial as work_folder
+from scmini.durable import disk_full_is_said as disk_full_is_said
+from scmini.durable import sha256_of as sha256_of
+from scmini.durable import sync
+from scmini.durable import write_atomic as write_atomic
+from scmini.errors import StoreDamaged
 from scmini.locks import is_locked, locked
+from scmini.partial import MANIFEST as MANIFEST
+from scmini.partial import note_written as note_written
 
-MANIFEST = "manifest.json"
 VOLATILE = ("log/*", "metrics.jsonl", "trainer_state.json", "checkpoint-*/*")
 """Files that hold times: sealed, but not part of what downstream stages depend on."""
 PACKAGES = (
     *("scmini", "torch", "transformers", "peft", "bitsandbytes", "sentence-transformers"),
     *("faiss-cpu", "numpy", "pyarrow", "tokenizers"),
 )
-_SESSIONS = "log/sessions.json"
-_FORCED = "log/forced"
-_ALMOST_FULL = 64 << 20
+_REMEDY = "scmini repair sets it aside and keeps the rest"
 
 
 def digest(value: Any) -> str:
@@ -133,23 +136,27 @@ class Store:
         """A finished stage by the name of its folder."""
         path = self.root / folder
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            Recipe(**manifest["recipe"])
-            return Finished(path, manifest)
+            found = Finished(path, json.loads((path / MANIFEST).read_bytes()))
+            _ = found.recipe, found.seconds, found.size, digest_of(found.manifest)
+            return found
         except (FileNotFoundError, NotADirectoryError):
             if path.exists():
-                raise StoreDamaged(
-                    f"{path / MANIFEST}: missing; delete the folder and run again"
-                ) from None
+                raise StoreDamaged(f"{path / MANIFEST}: missing; {_REMEDY}") from None
             return None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except OSError as error:
             raise StoreDamaged(
-                f"{path / MANIFEST}: damaged; delete the folder and run again"
+                f"{path / MANIFEST}: cannot be read ({error.strerror}); {_REMEDY}"
             ) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise StoreDamaged(f"{path / MANIFEST}: damaged; {_REMEDY}") from None
 
     def partial(self, recipe: Recipe) -> Path:
         """Where the stage works until it is finished."""
-        return self.root / f".{recipe.folder}.partial"
+        return self.partial_of(recipe.folder)
+
+    def partial_of(self, folder: str) -> Path:
+        """Where the stage of this folder works."""
+        return self.root / f".{folder}{work_folder.SUFFIX}"
 
     def is_building(self, recipe: Recipe) -> bool:
         """Whether some process is building it now."""
@@ -178,27 +185,26 @@ class Store:
                     yield None
                     return
                 work = Work(partial, recipe.method, [] if force else self._earlier(recipe))
-                _reopen(partial, anew=force, finished=final.exists())
+                work_folder.reopen(partial, anew=force, finished=final.exists())
                 yield work
                 _seal(work, recipe)
                 if final.exists():
                     shutil.rmtree(old, ignore_errors=True)
                     os.rename(final, old)
                 os.rename(partial, final)
-                _sync(self.root)
+                sync(self.root)
                 shutil.rmtree(old, ignore_errors=True)
 
     def verify(self, finished: Finished, patterns: Sequence[str] = ("*",)) -> None:
         """Read the files again; `StoreDamaged` names the first that is not as it was written."""
-        remedy = f"delete {finished.path} and run again"
         for name, seal in finished.manifest["files"].items():
             if not _matches(name, patterns):
                 continue
             path = finished.path / name
             if not path.is_file():
-                raise StoreDamaged(f"{path}: missing; {remedy}")
+                raise StoreDamaged(f"{path}: missing; {_REMEDY}")
             if path.stat().st_size != seal["bytes"] or sha256_of(path) != seal["sha256"]:
-                raise StoreDamaged(f"{path}: changed after it was written; {remedy}")
+                raise StoreDamaged(f"{path}: changed after it was written; {_REMEDY}")
 
     def relatives(self, recipe: Recipe, ignoring: Collection[str] = ("filter",)) -> list[Finished]:
         """Finished stages whose recipe differs in nothing but the inputs `ignoring`."""
@@ -264,95 +270,19 @@ def explain(old: Recipe, new: Recipe) -> list[str]:
     return lines
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write all of a file or none of it, and have it on disk."""
-    torn = path.with_name(f".{path.name}.tmp")
-    torn.write_bytes(data)
-    _sync(torn)
-    os.replace(torn, path)
-    _sync(path.parent)
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@contextmanager
-def disk_full_is_said(root: Path) -> Iterator[None]:
-    """Turn the errors of a full disk into an `EnvironmentProblem` that names `root`."""
-    try:
-        yield
-    except StageFailed:  # says already what happened, and quotes a log
-        raise
-    except Exception as error:
-        if not _is_disk_full(error, root):
-            raise
-        raise EnvironmentProblem(
-            f"{root}: the disk is full. Everything finished is kept: free some space and run again"
-        ) from error
-
-
-def _is_disk_full(error: Exception, root: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if "No space left on device" in str(error):
-        return True
-    # torch.save says only that its file is shorter than what it wrote.
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):
-        with suppress(OSError):
-            return shutil.disk_usage(root).free < _ALMOST_FULL
-    return False
-
-
-def _reopen(partial: Path, *, anew: bool, finished: bool) -> None:
-    """Make a work folder ready: torn files go, and the time spent in it so far is kept.
-
-    Args:
-        anew: what was not begun this way does not count, if the stage is `finished`.
-    """
-    if anew and finished and partial.exists() and not (partial / _FORCED).exists():
-        shutil.rmtree(partial)
-    forced = anew and not partial.exists()
-    partial.mkdir(exist_ok=True)
-    for torn in list(partial.rglob("*.tmp")):
-        if torn.is_dir():
-            shutil.rmtree(torn, ignore_errors=True)
-        else:
-            torn.unlink(missing_ok=True)
-    sessions = _sessions(partial)
-    (partial / "log").mkdir(exist_ok=True)
-    write_atomic(partial / _SESSIONS, json.dumps([*sessions, [time.time(), None]]).encode())
-    if forced:
-        (partial / _FORCED).touch()
-
-
-def _sessions(partial: Path) -> list[list[float]]:
-    """[start, end] of each time the folder was worked in.
-
-    A killed process leaves no end; the time of the last write in the folder stands for it.
-    """
-    try:
-        known = json.loads((partial / _SESSIONS).read_bytes())
-    except (OSError, ValueError):
-        return []
-    last = max(path.stat().st_mtime for path in partial.rglob("*"))
-    return [[start, max(start, end if end is not None else last)] for start, end in known]
-
-
 def _seal(work: Work, recipe: Recipe) -> None:
     shutil.rmtree(work.path / "scratch", ignore_errors=True)
-    seconds = sum(end - start for start, end in _sessions(work.path)[:-1])
-    seconds += time.time() - json.loads((work.path / _SESSIONS).read_bytes())[-1][0]
-    (work.path / MANIFEST).unlink(missing_ok=True)
-    (work.path / _SESSIONS).unlink()
-    files = {}
-    for path in sorted(work.path.rglob("*")):
-        _sync(path)
+    *before, last = work_folder.sessions(work.path)
+    seconds = sum(end - start for start, end in before) + time.time() - last[0]
+    noted, files = work_folder.noted(work.path), {}
+    for path in work_folder.products(work.path):
         name = path.relative_to(work.path).as_posix()
-        if path.is_file() and name != _FORCED:
+        if path.is_file():
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            if noted.get(name, files[name]) != files[name]:
+                raise StoreDamaged(
+                    f"{path}: changed after it was written; run again, and it is made anew"
+                )
     manifest = {
         "recipe": asdict(recipe),
         "digest": recipe.digest,
@@ -365,7 +295,8 @@ def _seal(work: Work, recipe: Recipe) -> None:
         "files": files,
     }
     write_atomic(work.path / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
-    (work.path / _FORCED).unlink(missing_ok=True)  # last: sealing may fail and be tried again
+    for name in work_folder.PASSING:  # last: sealing may fail and be tried again
+        (work.path / name).unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -375,14 +306,6 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -12,7 +12,8 @@ import tempfile
 import time
 from typing import IO, Any
 
-from scmini.console import Display, clean, duration, table
+from scmini.console import clean, duration, table
+from scmini.display import Display
 from scmini.errors import StageFailed
 
 WORKER = [sys.executable, "-P", "-m", "scmini.verification"]

@@ -7,6 +7,7 @@ libraries print goes to `log/text.log` in the folder of the task.
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -21,7 +22,8 @@ from typing import Any
 from scmini import console
 from scmini.config import Config
 from scmini.config_file import parse_config
-from scmini.errors import DoesNotFit, EnvironmentProblem, ScminiError, StoreBusy
+from scmini.errors import DoesNotFit, EnvironmentProblem, Interrupted, ScminiError, StoreBusy
+from scmini.quoting import redact
 from scmini.stage_graph import Task, sections
 from scmini.store import Recipe, Store, Work
 
@@ -60,10 +62,12 @@ def _do(config: Config, store: Store, entry: dict[str, Any], *, force: bool) -> 
             with _output_to(work.path / "log" / "text.log"):
                 try:
                     folders = _verified_inputs(store, entry["inputs"])
+                    if recipe.stage == "report":
+                        _plan_beside(config, folders, work)
                     load_stage(recipe.stage)(config, folders, work)
                 except Exception:
                     with contextlib.suppress(OSError):  # a full disk must not hide the error
-                        traceback.print_exc()
+                        print(redact(traceback.format_exc()), file=sys.stderr)
                     raise
             _note_machine(work)
     console.emit({"event": "finish", "task": key, "folder": recipe.folder})
@@ -79,6 +83,13 @@ def _verified_inputs(store: Store, inputs: dict[str, Any]) -> dict[str, Path]:
         store.verify(finished, source["patterns"])
         folders[key] = finished.path
     return folders
+
+
+def _plan_beside(config: Config, folders: dict[str, Path], work: Work) -> None:
+    """Write what was planned into the folder of the report, which may not ask the planner."""
+    from scmini.planning.beside import write_plan
+
+    write_plan(config, folders, work.path)
 
 
 def _note_machine(work: Work) -> None:
@@ -119,7 +130,7 @@ def _report(config: Config, entry: dict[str, Any], error: BaseException) -> int:
     task = Task(entry["recipe"]["stage"], entry["recipe"]["method"])
     known = _as_known(config, task, error)
     if known is None:
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
         message, code = f"{type(error).__name__}: {error}", 1
     else:
         message, code = str(known), known.exit_code
@@ -132,10 +143,14 @@ def _as_known(config: Config, task: Task, error: BaseException) -> ScminiError |
     """The error as one that a person can act on, if it is one."""
     if isinstance(error, ScminiError):
         return error
+    if isinstance(error, KeyboardInterrupt):  # sent to this process alone
+        return Interrupted("stopped by SIGINT; progress is kept")
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("scmini"):
         return EnvironmentProblem(
             f"the Python package {error.name!r} is missing: pip install {error.name}"
         )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return EnvironmentProblem(f"{error.filename}: {error.strerror}; give this user the right")
     if _is_out_of_memory(error):
         return DoesNotFit(f"out of memory; {_memory_remedy(config, task)}")
     return None

@@ -30,7 +30,7 @@ from scmini.seeding import rng
 from scmini.training.batches import Group, Microbatch, cut
 from scmini.training.losses import PreferenceObjective
 from scmini.training.scoring import score
-from scmini.training.trainer import TreeModule, TreeTrainer
+from scmini.training.tree_trainer import TreeModule, TreeTrainer
 from scmini_kernels import PrefixTree
 
 BETA = 0.1
@@ -88,11 +88,12 @@ class OurTrainer(Recording, TreeTrainer):
         step = {**inputs, "groups": self.references(inputs["groups"])}
         return super().training_step(model, step, num_items_in_batch)
 
-    def _backward_whole(
-        self, model: torch.nn.Module, batch: Microbatch, scale: float, last: bool
-    ) -> Tensor:
+    def _backward_whole(self, model: torch.nn.Module, batch: Microbatch, scale: float) -> Tensor:
         seen = batch if self.sharing else Separate(batch.groups)
-        return super()._backward_whole(model, seen, scale, last)
+        return super()._backward_whole(model, seen, scale)
+
+    def _lower(self, tokens: int) -> None:
+        raise torch.OutOfMemoryError(f"a row did not fit; {tokens} would, but is another case")
 
 
 class _SameStep(Dataset[Any]):

@@ -50,7 +50,7 @@ def work(job: Job, pipe: Connection) -> None:
 def _is_out_of_memory(kind: str, message: str) -> bool:
     """PyTorch's own error, or that of a library for which PyTorch has left nothing."""
     words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return kind == "OutOfMemoryError" or any(word in message for word in words)
+    return kind in ("OutOfMemoryError", "DoesNotFit") or any(word in message for word in words)
 
 
 def _work(job: Job, pipe: Connection) -> None:

@@ -3,13 +3,13 @@
 Token ids, by far the most of a shard, are left where they are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scmini.errors import DataError, RecordError
-from scmini.records import Example, read_jsonl, read_table
+from scmini.quoting import plain, quoted
+from scmini.records import read_table
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ def read_answers(path: Path) -> list[Answered]:
         DataError: not such a file.
         RecordError: a row without id, or an answer without text.
     """
+    import pyarrow as pa
+
     table = read_table(path)
+    failures: list[str | None] = [None] * len(table)
     try:
         ids = table.column("id").to_pylist()
         lists = table.column("responses").combine_chunks()
@@ -38,33 +41,21 @@ def read_answers(path: Path) -> list[Answered]:
         texts = answers.field("text").to_pylist()
         ends = answers.field("finish_reason").to_pylist()
         sizes = lists.value_lengths().to_pylist()
-    except (KeyError, AttributeError) as error:
+        if "failure" in table.column_names:
+            failures = table.column("failure").to_pylist()
+    except (KeyError, AttributeError, ValueError, TypeError, pa.ArrowException) as error:
         raise DataError(
-            f"{path}: not a shard of answers ({error}); delete its folder and sample again"
+            f"{path}: not a shard of answers ({plain(error, 200)}); delete its folder and sample "
+            "again"
         ) from None
-    failures = [None] * len(ids)
-    if "failure" in table.column_names:
-        failures = table.column("failure").to_pylist()
     found, start = [], 0
     for number, (id, size, failure) in enumerate(zip(ids, sizes, failures, strict=True), start=1):
-        if id is None or size is None or None in texts[start : start + size]:
+        own = texts[start : start + (size or 0)]
+        if not isinstance(id, str) or size is None or not all(isinstance(t, str) for t in own):
             raise RecordError(path, number, "an id or a text is missing")
+        if not isinstance(failure, str | None):
+            raise RecordError(path, number, f"failure is no text: {quoted(failure)}")
         finished = [reason == "stop" for reason in ends[start : start + size]]
-        found.append(Answered(id, texts[start : start + size], finished, failure))
+        found.append(Answered(id, own, finished, failure))
         start += size
     return found
-
-
-def stream_examples(path: Path) -> Iterator[Example]:
-    """Rows of data/train.jsonl, one in memory at a time.
-
-    Raises:
-        RecordError: a field is missing or of another kind.
-    """
-    for number, row in read_jsonl(path):
-        kinds = {"id": str, "prompt": list, "target": str, "rejected": list}
-        values = {"rejected": [], **row}
-        for key, kind in kinds.items():
-            if not isinstance(values.get(key), kind):
-                raise RecordError(path, number, f"field {key!r} is missing or no {kind.__name__}")
-        yield Example(**{key: values[key] for key in kinds})

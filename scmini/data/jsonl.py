@@ -14,6 +14,7 @@ from scmini.data.readers import (
     usable,
 )
 from scmini.errors import RecordError
+from scmini.quoting import quoted
 from scmini.records import Example, Message
 
 
@@ -41,7 +42,7 @@ def _example(path: Path, number: int, row: dict[str, Any]) -> Example:
     rejected = row.get("rejected", [])
     if not isinstance(rejected, list) or not all(isinstance(text, str) for text in rejected):
         raise RecordError(
-            path, number, f"field 'rejected': expected a list of texts, got {rejected!r:.80}"
+            path, number, f"field 'rejected': expected a list of texts, got {quoted(rejected)}"
         )
     if "target" not in row:
         raise RecordError(
@@ -56,7 +57,9 @@ def _prompt(path: Path, number: int, prompt: Any) -> list[Message]:
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
         raise RecordError(
-            path, number, f"field 'prompt': expected text or a list of messages, got {prompt!r:.80}"
+            path,
+            number,
+            f"field 'prompt': expected text or a list of messages, got {quoted(prompt)}",
         )
     messages = [message(path, number, "prompt", value) for value in prompt]
     if messages[-1]["role"] != "user":

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from scmini.errors import DataError, RecordError
-from scmini.records import ROLES, Example, Message, parse_row
+from scmini.json_lines import LONE_SURROGATE, has_lone_surrogate, lines_of, parse_row
+from scmini.quoting import plain, quoted
+from scmini.records import ROLES, Example, Message
 from scmini.sections import DataConfig
 
 
@@ -37,6 +39,11 @@ EMPTY_PROMPT = "empty prompt"
 EMPTY_TARGET = "empty target"
 USELESS_REJECTED = "rejected answers that are empty or equal the target"
 
+MOST_OF_ARRAY = 1 << 30
+"""Bytes of a JSON array, which is read as a whole."""
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 31
+"""Rows of a Parquet file read at a time, and the most that they may take if every row of a row
+group were as large as its largest possible one."""
 _ROWS = (".jsonl", ".jsonl.gz", ".parquet")
 _LFS_POINTER = b"version https://git-lfs.github.com"
 _DUMP = "[print(json.dumps(row, default=lambda a: a.tolist())) for row in rows]"
@@ -54,20 +61,24 @@ def data_files(data: DataConfig) -> list[Path]:
     A folder stands for the .jsonl, .jsonl.gz and .parquet files in it, by name.
 
     Raises:
-        DataError: a folder without such files, or a pickle.
+        DataError: a folder without such files, a pickle, or what is no file (a pipe, a device).
     """
     named = [data.path] if isinstance(data.path, str) else data.path or []
     found = [file for path in named for file in _files_in(Path(path))]
     for path in found:
+        _refuse_endless(path)
         if path.suffix.lower() in (".pickle", *_PICKLES):
             raise DataError(_refusal(path))
     return found
 
 
 def _files_in(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(inner for inner in path.iterdir() if inner.is_file())
+    try:
+        if not path.is_dir():
+            return [path]
+        files = sorted(inner for inner in path.iterdir() if inner.is_file())
+    except OSError as error:
+        raise DataError(f"data.path: {path}: {error.strerror}; name another") from None
     found = [file for file in files if file.name.endswith(_ROWS) and file.name[0] != "."]
     if not found and (pickles := [file for file in files if file.suffix in _PICKLES]):
         return pickles
@@ -99,6 +110,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         DataError: the file cannot be read, or its data breaks off; names file and line.
         RecordError: a line is not UTF-8, not JSON, or not an object.
     """
+    _refuse_endless(path)
     _refuse_pointer(path)
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
@@ -107,7 +119,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     else:
         for number, raw in _lines(path):
             if raw.strip():
-                yield number, _row(path, number, raw)
+                yield number, parse_row(path, number, raw)
 
 
 def file_rows(paths: Iterable[Path]) -> Iterator[Row]:
@@ -127,7 +139,7 @@ def text_field(path: Path, number: int, row: dict[str, Any], key: str) -> str:
     if key not in row:
         raise RecordError(path, number, f"field {key!r} is missing")
     if not isinstance(row[key], str):
-        raise RecordError(path, number, f"field {key!r}: expected text, got {row[key]!r:.80}")
+        raise RecordError(path, number, f"field {key!r}: expected text, got {quoted(row[key])}")
     return str(row[key])
 
 
@@ -142,7 +154,7 @@ def message(path: Path, number: int, key: str, value: Any) -> Message:
             path,
             number,
             f"field {key!r}: expected {{'role': one of {', '.join(ROLES)}, 'content': text}}, "
-            f"got {value!r:.80}",
+            f"got {quoted(value)}",
         )
     return {"role": value["role"], "content": value["content"]}
 
@@ -169,7 +181,7 @@ def usable(example: Example, drop: Drop) -> Example | None:
 def claim_id(seen: dict[str, str], path: Path, number: int, id: str) -> None:
     """Put down where an id is used; `RecordError` if it was used before."""
     if id in seen:
-        raise RecordError(path, number, f"id {id!r} was already used in {seen[id]}")
+        raise RecordError(path, number, f"id {quoted(id)} was already used in {seen[id]}")
     seen[id] = f"{path}, line {number}"
 
 
@@ -177,7 +189,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
-            for number, raw in enumerate(handle, start=1):
+            for number, raw in lines_of(path, handle):
                 yield number, raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
@@ -186,6 +198,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def _refuse_endless(path: Path) -> None:
+    """What is there but no file may never end, or wait for somebody to write."""
+    try:
+        odd = path.exists() and not path.is_file()
+    except OSError:  # reading will tell
+        return
+    if odd:
+        what = "a folder" if path.is_dir() else "no ordinary file (a pipe or device)"
+        raise DataError(f"data.path: {path} is {what}; name a file of rows")
 
 
 def _refuse_pointer(path: Path) -> None:
@@ -208,7 +231,14 @@ def _is_array(path: Path) -> bool:
 
 
 def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    content = b"".join(raw for _, raw in _lines(path))
+    content = bytearray()
+    for _, raw in _lines(path):
+        content += raw
+        if len(content) > MOST_OF_ARRAY:
+            raise DataError(
+                f"{path}: an array of more than {MOST_OF_ARRAY >> 30} GiB, which would have to be "
+                "held in memory; write one object per line (.jsonl) instead"
+            )
     try:
         rows = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -217,15 +247,15 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except json.JSONDecodeError as error:
         raise RecordError(path, error.lineno, f"not JSON ({error.msg})") from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON ({error})") from None
+        raise DataError(f"{path}: not readable JSON ({plain(error, 80)})") from None
     escapes = b"\\ud" in content.lower()
     del content
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             problem = f"expected an array of objects, got {type(row).__name__}"
             raise RecordError(path, number, problem)
-        if escapes and _has_lone_surrogate(row):
-            raise RecordError(path, number, _LONE_SURROGATE)
+        if escapes and has_lone_surrogate(row):
+            raise RecordError(path, number, LONE_SURROGATE)
         yield number, row
 
 
@@ -236,31 +266,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        first = str(error).partition("\n")[0]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        first = plain(str(error).partition("\n")[0], 200)
         raise DataError(
             f"{path}: not a readable Parquet file after row {number} ({first}); "
             "fetch or copy it again"
         ) from None
 
 
-_LONE_SURROGATE = "an escape \\ud... lacks its other half"
+def _batch_rows(metadata: Any) -> int:
+    """Rows to read at a time.
 
-
-def _row(path: Path, number: int, raw: bytes) -> dict[str, Any]:
-    row = parse_row(path, number, raw)
-    if b"\\ud" in raw.lower() and _has_lone_surrogate(row):
-        raise RecordError(path, number, _LONE_SURROGATE)
-    return row
-
-
-def _has_lone_surrogate(row: dict[str, Any]) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+    A value is stored at least once in its row group, so no row is larger than all of the group; but
+    every row may repeat the same large value, which is then written out for each.
+    """
+    groups = (metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
+    largest = max(groups, default=0)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))

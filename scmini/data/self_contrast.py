@@ -37,6 +37,7 @@ from scmini.data.readers import (
     usable,
 )
 from scmini.errors import RecordError
+from scmini.quoting import quoted
 from scmini.records import Example, Message
 
 BROKEN_TRANSCRIPT = "target or last answer with role markers"
@@ -166,9 +167,9 @@ def _own_id(path: Path, number: int, row: dict[str, Any]) -> str | None:
     id = row.get("id")
     if id is None or isinstance(id, str):
         return id
-    if isinstance(id, int) and not isinstance(id, bool):
+    if isinstance(id, int) and not isinstance(id, bool) and id.bit_length() < 4096:
         return str(id)
-    raise RecordError(path, number, f"field 'id': expected text or an integer, got {id!r:.80}")
+    raise RecordError(path, number, f"field 'id': expected text or an integer, got {quoted(id)}")
 
 
 def _target(path: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]:
@@ -215,7 +216,7 @@ def _prompt(path: Path, number: int, row: dict[str, Any], target: str) -> list[M
 def _before_answer(path: Path, number: int, messages: Any) -> list[Message]:
     if not isinstance(messages, list):
         raise RecordError(
-            path, number, f"field 'messages': expected a list of messages, got {messages!r:.80}"
+            path, number, f"field 'messages': expected a list of messages, got {quoted(messages)}"
         )
     turns = [message(path, number, "messages", value) for value in messages]
     if not turns or turns.pop()["role"] != "assistant":
@@ -234,11 +235,11 @@ def _after_history(path: Path, number: int, row: dict[str, Any]) -> list[Message
     turns = [_turn("system", texts["system"])] if texts["system"] else []
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise RecordError(path, number, f"field 'history': expected a list, got {history!r:.80}")
+        raise RecordError(path, number, f"field 'history': expected a list, got {quoted(history)}")
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
             raise RecordError(
-                path, number, f"field 'history': expected [user, assistant], got {pair!r:.80}"
+                path, number, f"field 'history': expected [user, assistant], got {quoted(pair)}"
             )
         asked, answered = _texts(path, number, "history", pair)
         turns += [_turn("user", asked), _turn("assistant", answered)]
@@ -268,7 +269,7 @@ def _answers(path: Path, number: int, row: dict[str, Any], drop: Drop) -> list[s
 def _texts(path: Path, number: int, key: str, value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise RecordError(
-            path, number, f"field {key!r}: expected a list of texts, got {value!r:.80}"
+            path, number, f"field {key!r}: expected a list of texts, got {quoted(value)}"
         )
     return value
 

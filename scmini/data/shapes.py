@@ -10,6 +10,7 @@ transcript ("\\n\\nHuman: ") is read as one. `rejected` may be one answer or a l
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -271,12 +272,8 @@ def _common_beginning(
     texts = [answer for answer in (first, *others) if isinstance(answer, str)]
     if len(texts) < 1 + len(others):
         raise OddTranscript(PROMPTS_DIFFER)
-    end = 0
-    for position, characters in enumerate(zip(*texts, strict=False), start=1):
-        if len(set(characters)) > 1:
-            break
-        if characters[0].isspace():
-            end = position
+    same = os.path.commonprefix(texts)  # noqa: RUF071 (texts, not paths)
+    end = next((n for n in range(len(same), 0, -1) if same[n - 1].isspace()), 0)
     shared = texts[0][:end].strip()
     if not shared:
         raise OddTranscript(EMPTY_PROMPT)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from scmini.errors import DataError
+from scmini.quoting import plain
 
 
 def read_vectors_shard(path: Path) -> tuple[list[tuple[str, int]], Any]:
@@ -23,12 +24,14 @@ def read_vectors_shard(path: Path) -> tuple[list[tuple[str, int]], Any]:
     beside = path.with_suffix(".ids.json")
     try:
         groups = [(group["id"], group["rows"]) for group in read_listed(beside)]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{beside}: not readable ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{beside}: not readable ({plain(error)})") from None
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not readable ({error})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy parses the header like a program, and fails like one
+        raise DataError(f"{path}: not readable ({plain(error)})") from None
     if vectors.ndim != 2 or vectors.dtype != np.float16:
         raise DataError(
             f"{path}: expected rows of float16, found {vectors.dtype} of shape {vectors.shape}"

@@ -19,12 +19,14 @@ from scmini.console import warn
 from scmini.errors import StoreDamaged, UsageError
 from scmini.outside import folder_digest
 from scmini.pipeline import store_root
+from scmini.quoting import plain
 from scmini.sections import ModelConfig
 from scmini.stage_graph import trained_by
 from scmini.store import MANIFEST, Finished, Store, digest_of
 
 _NAME = "model.model_name_or_path"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_REMEDY = "scmini repair sets the stage aside, and scmini run all makes it anew"
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class Trained:
         path = self.run / "report" / "results.json"
         try:
             results: dict[str, Any] = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise StoreDamaged(f"{path}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise StoreDamaged(f"{path}: {plain(error)}; {_REMEDY}") from None
         return results
 
 
@@ -166,11 +168,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
-        Finished(folder, manifest).recipe  # noqa: B018 (all of its fields are there)
+        found = Finished(folder, manifest)
+        _ = found.recipe, found.seconds, found.size, digest_of(manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
-        raise StoreDamaged(f"{path}: damaged; delete the folder and run again") from None
+    except OSError as error:
+        raise StoreDamaged(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StoreDamaged(f"{path}: damaged; {_REMEDY}") from None
     return manifest
 
 
@@ -192,7 +197,8 @@ def _made_base(run: Path, store: Store, found: Finished) -> Path | None:
 
 def _base_folders(run: Path, store: Store) -> Iterator[Path]:
     yield (run / "base").resolve()
-    yield from sorted(store.root.glob("base-*"))
+    finished = f"base-{'[0-9a-f]' * 12}"  # not those that `scmini repair` has set aside
+    yield from sorted(store.root.glob(finished))
 
 
 def _check_unchanged(found: Finished, model: ModelConfig) -> None:

@@ -35,7 +35,7 @@ from scmini.models.checkpoint_files import (
     write_checkpoint,
     write_json,
 )
-from scmini.models.loading import KEY, checkpoint_folder, load_tokenizer, quietly
+from scmini.models.loading import KEY, checkpoint_folder, load_tokenizer, quietly, reading
 from scmini.sections import ModelConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -133,13 +133,9 @@ def _grown(before: int, largest: int) -> int:
 
 def _names(folder: Path, source: str) -> _Names:
     """Found in an empty model of the same kind."""
-    try:
-        with quietly(), torch.device("meta"):
-            settings = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(settings)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{KEY}: {source}: {reason}") from None
+    with reading(source), torch.device("meta"):
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(settings)
     owners = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     if head is None:

@@ -2,8 +2,9 @@
 
     part-00000.parquet       a shard: so many prompts in the order of the file, written when all of
                              them are answered
-    scratch/answers.jsonl    answers to prompts of shards that are not full yet, as they come
-    scratch/shard_size       as the folder was begun; a resume goes on with it
+    log/shard_size           as the folder was begun; a resume goes on with it
+    scratch/answers.jsonl    answers to prompts of shards that are not full yet, as they come: a
+                             checksum and a line of JSON each
 
 The engine gets prompts of the next shards before the current one is full, so that it is never
 waiting. A prompt that failed is asked again by the next run.
@@ -12,6 +13,7 @@ waiting. A prompt that failed is asked again by the next run.
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from scmini.console import progress, warn
 from scmini.errors import DataError, EnvironmentProblem
 from scmini.models.sampler import Answered, Prompt, Sampler
 from scmini.records import Response, Samples, read_samples_shard, read_table, write_samples
-from scmini.store import write_atomic
+from scmini.store import note_written, write_atomic
 
 TOO_LONG = "prompt leaves no room for an answer"
 NONE_GIVEN = "prompts to which the data set has no answer"
@@ -78,6 +80,7 @@ def write_answers(
             finally:  # on a full disk, too
                 engine.close()
         write_atomic(facts, json.dumps(engine.facts).encode())
+        note_written(facts)
     return dict(json.loads(facts.read_bytes())) if facts.exists() else {}
 
 
@@ -85,7 +88,7 @@ class _Answering:
     """The shards that are not full yet, and what is known of them."""
 
     def __init__(self, plan: Plan, folder: Path, scratch: Path) -> None:
-        size = _begun_with(scratch / "shard_size", plan.shard_size)
+        size = _begun_with(folder / "log" / "shard_size", plan.shard_size)
         starts = range(0, len(plan.prompts), size)
         self._plan = plan
         self._shards = [plan.prompts[start : start + size] for start in starts]
@@ -155,6 +158,7 @@ class _Answering:
         rows = self._open[k]
         if len(rows) == len(self._shards[k]):
             write_samples(self._paths[k], [rows[id] for id, _ in self._shards[k]])
+            note_written(self._paths[k])
             del self._open[k]
             if self.journal.is_large:
                 self._rewrite_journal()
@@ -167,7 +171,9 @@ def _begun_with(path: Path, size: int) -> int:
     """The shard size that the folder was begun with."""
     if path.exists():
         return int(path.read_bytes())
+    path.parent.mkdir(exist_ok=True)
     write_atomic(path, str(size).encode())
+    note_written(path)
     return size
 
 
@@ -188,7 +194,7 @@ def _rows_to_take_over(path: Path, prompts: list[Prompt]) -> list[Samples] | Non
 
 
 class _Journal:
-    """Answers one by one, as lines of JSON; what a kill tears off is at most the end."""
+    """Answers one by one; what a kill tears off is at most the end."""
 
     LARGE = 256 << 20
 
@@ -203,17 +209,16 @@ class _Journal:
         return self._path.stat().st_size > self.LARGE
 
     def rows(self) -> Iterator[Samples]:
-        """What is there; nothing from the first torn line on."""
+        """What is there, without lines that are torn or not as they were written."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as lines:
             for line in lines:
-                try:
-                    row = json.loads(line)
+                checksum, _, value = line.removesuffix(b"\n").partition(b" ")
+                if checksum == _checksum(value):
+                    row = json.loads(value)
                     responses = [Response(*response) for response in row["responses"]]
                     yield Samples(row["id"], row["prompt_token_ids"], responses)
-                except (ValueError, KeyError, TypeError):
-                    return
 
     def rewrite(self, rows: Iterable[Samples]) -> None:
         """Replace all there is by these rows (those with a failure are left out)."""
@@ -241,7 +246,12 @@ class _Journal:
 def _line(row: Samples) -> bytes:
     responses = [[r.text, r.token_ids, r.finish_reason] for r in row.responses]
     value = {"id": row.id, "prompt_token_ids": row.prompt_token_ids, "responses": responses}
-    return json.dumps(value).encode() + b"\n"
+    text = json.dumps(value).encode()
+    return _checksum(text) + b" " + text + b"\n"
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
 
 
 class _Meter:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scmini.console import say
 from scmini.errors import DataError
+from scmini.quoting import plain, quoted
 from scmini.store import write_atomic
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,7 +58,7 @@ def stored_tensors(folder: Path) -> Iterator[Stored]:
         DataError: the checkpoint is incomplete or damaged, or has a kind of numbers that is neither
             in `FLOATS` nor in `OTHERS`.
     """
-    for file, names in _files(folder).items():
+    for file, names in weight_files(folder).items():
         with readable(folder / file) as handle:
             there = set(handle.keys())
             for name in names or sorted(there):
@@ -72,8 +73,12 @@ def stored_tensors(folder: Path) -> Iterator[Stored]:
                 yield Stored(name, file, tuple(tensor.get_shape()), tensor.get_dtype())
 
 
-def _files(folder: Path) -> dict[str, list[str]]:
-    """Weight files of a checkpoint, with the tensors that count (none: all of the file)."""
+def weight_files(folder: Path) -> dict[str, list[str]]:
+    """Weight files of a checkpoint in safetensors, with the tensors that count (none: all of them).
+
+    Raises:
+        DataError: none, one that is missing, or an index that is damaged or points elsewhere.
+    """
     if (folder / WEIGHTS).is_file():
         return {WEIGHTS: []}
     try:
@@ -85,24 +90,44 @@ def _files(folder: Path) -> dict[str, list[str]]:
         raise DataError(
             f"{folder}: no weights in safetensors; convert them with transformers' save_pretrained"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise DataError(f"{folder / INDEX}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{folder / INDEX}: damaged; fetch the model again") from None
+    if not files:
+        raise DataError(f"{folder / INDEX}: names no weights; fetch the model again")
     for file in files:
-        if Path(file).name != file:
-            raise DataError(f"{folder / INDEX}: {file!r} is no name of a file beside it")
-        if not (folder / file).is_file():
-            raise DataError(f"{folder / file}: missing; fetch the model again")
+        if not isinstance(file, str) or Path(file).name != file:
+            raise DataError(f"{folder / INDEX}: {quoted(file)} is no name of a file beside it")
+        if not is_file(folder / file):
+            raise DataError(f"{folder / plain(file, 80)}: missing; fetch the model again")
     return files
+
+
+def is_file(path: Path) -> bool:
+    """`path.is_file()` for a name that anybody may have written."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[Any]:
-    """An open safetensors file; `DataError` for one that is damaged."""
+    """An open safetensors file; `DataError` for one that is damaged or may not be read."""
     try:
-        with safe_open(path, framework="pt") as handle:
-            yield handle
+        handle = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from None
+    try:
+        with handle as opened:
+            yield opened
     except SafetensorError as error:
-        raise DataError(f"{path}: damaged ({error}); fetch it again") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: damaged ({plain(error)}); fetch it again")
 
 
 def read_tensor(folder: Path, tensor: Stored) -> Tensor:

@@ -96,5 +96,5 @@ def _generation_config(model: ModelConfig, source: str) -> Any:
     try:
         return GenerationConfig.from_pretrained(source, **options)
     except OSError:
-        settings = AutoConfig.from_pretrained(source, **options)
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         return GenerationConfig.from_model_config(settings)

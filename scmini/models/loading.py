@@ -5,6 +5,7 @@ Weights are read from safetensors only, and no code that comes with a model is r
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,10 +28,14 @@ from transformers import (
 
 from scmini.chat_templates import set_chat_template
 from scmini.config import Config
-from scmini.errors import ConfigError, DataError, EnvironmentProblem
+from scmini.errors import ConfigError, DataError, EnvironmentProblem, ScminiError
 from scmini.models.attention import check_attention, choose_attention, output_head, plain_model
+from scmini.models.checkpoint_files import weight_files
 from scmini.models.elementwise import apply_liger, check_liger
+from scmini.models.memory import is_out_of_memory
+from scmini.models.nf4 import decode_once, has_other_shapes, keep_linear4bit_layout
 from scmini.models.qlora import fuse_lora
+from scmini.quoting import plain
 from scmini.sections import ModelConfig, SFTConfig
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
@@ -39,6 +43,10 @@ Policy: TypeAlias = PreTrainedModel | PeftModel
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 KEY = "model.model_name_or_path"
+OTHER_SHAPES = (
+    KEY + ": the weights of {source} have other shapes than its config.json says; fetch the model "
+    "again"
+)
 QUIET = (
     r".*kernels-community.*",
     r".*_check_is_size will be removed.*",
@@ -64,9 +72,9 @@ def model_source(config: Config, inputs: dict[str, Path]) -> str:
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or adapter folder; see `load_base` for errors."""
-    with _reading(source):
+    with reading(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, revision=revision
+            source, revision=revision, trust_remote_code=False
         )
     return tokenizer
 
@@ -89,6 +97,8 @@ def load_base(config: ModelConfig, source: str) -> PreTrainedModel:
     Raises:
         DataError: a local folder that is missing, or holds no model in safetensors.
         EnvironmentProblem: a hub name that cannot be fetched. Both name the key and the remedy.
+        Also DataError: weights that are missing or of other shapes, and models that need code of
+        their own, which is never run.
     """
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {}
@@ -103,18 +113,39 @@ def load_base(config: ModelConfig, source: str) -> PreTrainedModel:
     if where.type != "cpu":
         options["device_map"] = {"": where}
     revision = config.revision if source == config.model_name_or_path else None
-    with _reading(source):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    with reading(source):
+        _check_weights(Path(source))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation="sdpa",
+            output_loading_info=True,
             **options,
         )
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # else they would be drawn at random
+        raise DataError(
+            f"{KEY}: {source} has no weights for {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}; fetch the model again"
+        )
+    if config.load_in_4bit and has_other_shapes(model):
+        raise DataError(OTHER_SHAPES.format(source=source))
     keep_linear4bit_layout(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _check_weights(folder: Path) -> None:
+    """Of a local folder: transformers would read what an index names outside it, and take an
+    adapter for the model that it names."""
+    if folder.is_dir():
+        try:
+            weight_files(folder)
+        except DataError as error:
+            raise DataError(f"{KEY}: {error}") from None
 
 
 def fresh_adapter(config: ModelConfig, source: str, sft: SFTConfig, seed: int) -> PeftModel:
@@ -175,7 +206,7 @@ def load_for_generation(config: ModelConfig, source: str, adapter: Path | None) 
     model = load_base(config, source)
     quantised = config.load_in_4bit
     if quantised and model.device.type == "cpu":
-        _decode_once(model)
+        decode_once(model)
         quantised = False
     if adapter is not None:
         policy = _attach(model, source, adapter, trainable=False)
@@ -192,7 +223,7 @@ def checkpoint_folder(config: ModelConfig, source: str) -> Path:
         DataError: a local folder that is missing.
         EnvironmentProblem: a hub name that cannot be fetched. Both name the key and the remedy.
     """
-    with _reading(source):
+    with reading(source):
         if Path(source).is_dir():
             return Path(source)
         revision = config.revision if source == config.model_name_or_path else None
@@ -249,43 +280,18 @@ def _attach(base: PreTrainedModel, source: str, adapter: Path, *, trainable: boo
         with quietly():
             model = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
     except SafetensorError as error:
-        raise DataError(f"{adapter / ADAPTER_WEIGHTS}: {error}") from None
-    except (RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{adapter / ADAPTER_WEIGHTS}: damaged ({plain(error)}); fetch it again"
+        ) from None
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # PEFT raises whatever comes of a configuration that it believes
+        if is_out_of_memory(error) or "allocate memory" in str(error):
+            raise
         raise DataError(misfit(adapter, source, f"rank {rank}: {error}")) from None
     _check_all_loaded(model, adapter, source)
     output_head(plain_model(model))
     return model if trainable else model.eval()
-
-
-def keep_linear4bit_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking NF4 weights at the first forward without gradients.
-
-    On CPUs with AVX512-BF16 it does so in place, and backward then reads the packed bytes as if
-    they were not: wrong gradients, silently.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast(Any, module).support_avx512bf16_for_cpu = False
-
-
-def _decode_once(model: PreTrainedModel) -> None:
-    """Replace every NF4 layer by a Linear of the same values."""
-    import bitsandbytes as bnb
-
-    kind: Any = bnb.nn.modules.Linear4bit
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
-    for name, module in found:
-        weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        plain = nn.Linear(1, 1, bias=False, device="meta")
-        plain.in_features, plain.out_features = module.in_features, module.out_features
-        plain.weight = nn.Parameter(weight.to(model.dtype), requires_grad=False)
-        plain.bias = module.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
-    # PEFT and transformers must no longer take it for a quantised model.
-    inner: Any = model
-    inner.is_loaded_in_4bit = inner.is_quantized = False
-    del model.config.quantization_config
 
 
 def check_adapter_folder(adapter: Path) -> int:
@@ -293,10 +299,13 @@ def check_adapter_folder(adapter: Path) -> int:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (adapter / name).is_file():
             raise DataError(f"{adapter}: not an adapter folder, {name} is missing")
+    path = adapter / ADAPTER_CONFIG
     try:
-        return int(json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r", 0))
-    except (ValueError, AttributeError):
-        raise DataError(f"{adapter / ADAPTER_CONFIG}: not a PEFT configuration") from None
+        return int(json.loads(path.read_text(encoding="utf-8")).get("r", 0))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        raise DataError(f"{path}: not a PEFT configuration; fetch the adapter again") from None
 
 
 def _check_all_loaded(model: PeftModel, adapter: Path, source: str) -> None:
@@ -312,15 +321,14 @@ def _check_all_loaded(model: PeftModel, adapter: Path, source: str) -> None:
 
 def misfit(adapter: Path, source: str, problem: str) -> str:
     """What to say of an adapter that does not fit its base model."""
-    first = " ".join(problem.split())[:300]
     return (
-        f"{adapter}: this adapter was not made for the base model {source} ({first}); "
+        f"{adapter}: this adapter was not made for the base model {source} ({plain(problem)}); "
         f"use the {KEY} it was trained on"
     )
 
 
 @contextmanager
-def _reading(source: str) -> Iterator[None]:
+def reading(source: str) -> Iterator[None]:
     """Errors of reading a model or tokenizer, turned into sentences."""
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
     if looks_local and not Path(source).is_dir():
@@ -328,21 +336,43 @@ def _reading(source: str) -> Iterator[None]:
     try:
         with quietly():
             yield
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (ScminiError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # of whichever library reads a file: tokenizers has no class of its own
+        raise _as_known(error, source) from error
+
+
+def _as_known(error: Exception, source: str) -> Exception:
+    """What reading a model or tokenizer may fail with, as a sentence; other errors as they are."""
+    reason = plain(error)
+    if "trust_remote_code" in str(error):
+        return DataError(
+            f"{KEY}: {source} needs Python code that comes with it (auto_map in config.json or "
+            "tokenizer_config.json), which scmini never runs; name a model of a kind that "
+            "transformers has itself (a newer transformers may have this one)"
+        )
+    if isinstance(error, (OSError, SafetensorError)):
         if Path(source).is_dir():
-            raise DataError(
+            return DataError(
                 f"{KEY}: {source} does not hold a model with config.json, safetensors weights and "
                 f"tokenizer ({reason}); other weights can be "
                 "converted with transformers' save_pretrained"
-            ) from None
-        raise EnvironmentProblem(
+            )
+        return EnvironmentProblem(
             f"{KEY}: {source} could not be fetched from the Hugging Face hub ({reason}); check the "
             "name and the connection (gated models need `hf auth login`), or download it elsewhere "
             "and give the folder"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{KEY}: {source}: {' '.join(str(error).split())[:300]}") from None
+        )
+    if isinstance(error, RuntimeError) and re.search("mismatched|overflow", str(error)):
+        return DataError(OTHER_SHAPES.format(source=source))
+    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+        return error  # of the device, not of the files
+    return DataError(
+        f"{KEY}: {source} is not readable ({type(error).__name__}: {reason}); fetch it again, "
+        "or name another model"
+    )
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from scmini.models.loading import (
     checkpoint_folder,
     load_tokenizer,
     misfit,
-    quietly,
+    reading,
 )
 from scmini.models.sampler import end_tokens
 from scmini.sections import ModelConfig
@@ -115,6 +115,7 @@ def write_merged(
     base = checkpoint_folder(config, source)
     settings = _read_config(base)
     rank = check_adapter_folder(adapter)
+    generation = _generation_config(base, adapter)
     tensors = [
         replace(tensor, kind=_KINDS[dtype]) if tensor.kind in FLOATS else tensor
         for tensor in stored_tensors(base)
@@ -130,7 +131,7 @@ def write_merged(
         write_checkpoint(folder, sharded(tensors, max_shard_bytes), merger.tensor)
     copy_tokenizer(adapter, folder)
     write_json(folder / CONFIG, _config_of(settings, dtype))
-    write_json(folder / GENERATION, _generation_config(base, adapter))
+    write_json(folder / GENERATION, generation)
 
 
 def copy_tokenizer(adapter: Path, folder: Path) -> None:
@@ -295,8 +296,10 @@ def _config_of(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _generation_config(base: Path, adapter: Path) -> dict[str, Any]:
     """That of the base, with every token that ends an answer, the chat template's included."""
-    with quietly():
-        made: Any = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base))
+    with reading(str(base)):
+        made: Any = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(base, trust_remote_code=False)
+        )
     if (base / GENERATION).is_file():
         settings: dict[str, Any] = json.loads((base / GENERATION).read_text(encoding="utf-8"))
         made.eos_token_id = settings.get("eos_token_id", made.eos_token_id)

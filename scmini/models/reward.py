@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scmini.errors import ConfigError, DataError
 from scmini.models import original_reward, reward_formats
 from scmini.models.attention import hidden_states
+from scmini.models.memory import Knob, free, is_out_of_memory, too_large
 from scmini.models.reward_formats import Format
 from scmini.models.reward_loading import HEAD, KEY, load_model
 from scmini.records import Message
@@ -27,6 +28,8 @@ Question = tuple[Sequence[Message], Sequence[str]]
 """A prompt and the answers to it."""
 Group = list[list[int]]
 """The conversations of one question, as token ids."""
+WHILE = "while grading"
+LESS_MEMORY = "reward.load_in_4bit: true or a smaller reward.max_length"
 
 
 def reward_ids(
@@ -64,7 +67,8 @@ class RewardModel:
     Args:
         model: sequence classification with one label and a linear head `score`.
         max_length: longest conversation in tokens.
-        tokens_per_microbatch: tokens of a packed row; one prompt's answers may exceed it.
+        tokens_per_microbatch: tokens of a packed row; one prompt's answers may exceed it. Where a
+            GPU's memory runs out it becomes less, and stays so.
         chat_template: a format by name; None is the tokenizer's own template.
         parity: "original" scores as `original_reward` describes.
 
@@ -89,7 +93,7 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.full = 0
-        self.tokens_per_microbatch = tokens_per_microbatch
+        self.knob = Knob(tokens_per_microbatch, "reward.tokens_per_microbatch")
         self.chat_template = chat_template
         self.parity = parity
         self.head = _head(model)
@@ -136,16 +140,50 @@ class RewardModel:
 
         Raises:
             DataError: a conversation that cannot be read, or a reward that is not finite.
+            DoesNotFit: a single conversation is too long for the GPU's memory.
         """
         if self.parity == "original":
             return self._score_as_original(questions)
         groups = [self._sequences(*question) for question in questions]
         found: list[list[float]] = [[] for _ in groups]
-        for numbers in fill(_sizes(groups), self.tokens_per_microbatch):
-            rewards = iter(self._rewards([groups[number] for number in numbers]))
+        sizes = _sizes(groups)
+        waiting = fill(sizes, self.knob.tokens)
+        while waiting:
+            numbers = waiting[0]
+            rewards = self._try([groups[number] for number in numbers])
+            if rewards is None:
+                self.knob.halve(sum(sizes[number] for number in numbers), WHILE)
+                if len(numbers) > 1:
+                    waiting = fill(sizes, self.knob.tokens)
+                    continue
+                rewards = self._one_by_one(groups[numbers[0]])
+            left = iter(rewards)
             for number in numbers:
-                found[number] = [next(rewards) for _ in groups[number]]
+                found[number] = [next(left) for _ in groups[number]]
+                sizes[number] = 0
+            waiting = waiting[1:]
         return found
+
+    def _try(self, groups: list[Group]) -> list[float] | None:
+        """Rewards of a row; None where a GPU's memory ran out."""
+        try:
+            return self._rewards(groups)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        free()  # not before the traceback is gone
+        return None
+
+    def _one_by_one(self, group: Group) -> list[float]:
+        """Rewards of one question's answers, each in a row of its own; equal ones are one row."""
+        found: dict[tuple[int, ...], float] = {}
+        for ids in group:
+            if tuple(ids) not in found:
+                alone = self._try([[ids]])
+                if alone is None:
+                    raise too_large(self.knob.key, len(ids), WHILE, LESS_MEMORY)
+                found[tuple(ids)] = alone[0]
+        return [found[tuple(ids)] for ids in group]
 
     def _score_as_original(self, questions: Sequence[Question]) -> list[list[float]]:
         rows = [
@@ -158,16 +196,29 @@ class RewardModel:
         for row in rows:
             self._check_vocabulary(row.ids)
         self.full += sum(len(row.ids) == self.max_length for row in rows)
-        rewards = original_reward.original_rewards(
-            self.model,
-            self.head,
-            rows,
-            padding=self.tokenizer.unk_token_id,
-            max_length=self.max_length,
-            tokens_per_microbatch=self.tokens_per_microbatch,
-        )
+        while (rewards := self._try_as_original(rows)) is None:
+            if self.knob.tokens < 2 * min(len(row.ids) + 1 for row in rows):  # all are alone
+                raise too_large(self.knob.key, self.max_length, WHILE, LESS_MEMORY)
+            self.knob.halve(self.knob.tokens, WHILE)
         left = iter(_finite(rewards))
         return [[next(left) for _ in texts] for _, texts in questions]
+
+    def _try_as_original(self, rows: Sequence[original_reward.Padded]) -> list[float] | None:
+        """Rewards of rows; None where a GPU's memory ran out."""
+        try:
+            return original_reward.original_rewards(
+                self.model,
+                self.head,
+                rows,
+                padding=self.tokenizer.unk_token_id,
+                max_length=self.max_length,
+                tokens_per_microbatch=self.knob.tokens,
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        free()
+        return None
 
     def _sequences(self, prompt: Sequence[Message], responses: Sequence[str]) -> Group:
         pad = self.model.config.get_text_config().pad_token_id

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from scmini.chat import ids_of
 from scmini.chat_templates import TEMPLATES, missing_tokens
 from scmini.errors import ConfigError, DataError
+from scmini.quoting import plain
 from scmini.records import Message
 
 KEY = "reward.chat_template"
@@ -85,10 +85,13 @@ def _text(
     messages = list(conversation)
     try:
         return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-    except (TemplateError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in conversation)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a template does to texts and numbers may raise anything
+        roles = plain(", ".join(message["role"] for message in conversation), 120)
         raise DataError(
-            f"the chat template of the reward model refuses a conversation of {roles}: {error}"
+            f"the chat template of the reward model refuses a conversation of {roles}: "
+            f"{plain(error) or type(error).__name__}"
         ) from None
 
 

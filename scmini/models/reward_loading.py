@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -23,7 +22,9 @@ from transformers import (
 
 from scmini.errors import ConfigError, DataError, EnvironmentProblem
 from scmini.models import starling
-from scmini.models.loading import device, keep_linear4bit_layout, quietly
+from scmini.models.loading import device, quietly
+from scmini.models.nf4 import keep_linear4bit_layout
+from scmini.quoting import plain
 
 KEY = "reward.model_name_or_path"
 BODY_KEY = "reward.body_name_or_path"
@@ -153,17 +154,21 @@ def _load_classification(
             "transformers' save_pretrained writes safetensors"
         )
     try:
-        labels = AutoConfig.from_pretrained(folder).num_labels
+        labels = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels
         if labels != 1:
             raise ConfigError(f"{KEY}: {source} has {labels} labels; a reward model has one")
         with quietly():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **options
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
             )
-    except torch.OutOfMemoryError:
+    except (ConfigError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # transformers believes what a config.json says
+        reason = plain(error)
         raise DataError(
             f"{KEY}: {source} does not hold a readable reward model, config.json with weights in "
             f"safetensors ({reason})"
@@ -221,9 +226,9 @@ class _Misfit(Exception):
 def _configuration(folder: Path, weights: Mapping[str, Tensor]) -> PreTrainedConfig:
     """The configuration of a folder, for one label; `_Misfit` if it is not that of the weights."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise _Misfit(" ".join(str(error).split())[:200]) from None
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise _Misfit(plain(error, 200)) from None
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise _Misfit(f"no reward model is a {config.model_type}")
     config.num_labels = 1
@@ -259,7 +264,9 @@ def _load_tokenizer(
         kind: Any = PreTrainedTokenizerFast if there else AutoTokenizer
         try:
             with quietly():
-                tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder)
+                tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+                    folder, trust_remote_code=False
+                )
         except Exception as error:  # tokenizers has no class of its own for a broken file
             reason = " ".join(str(error).split())[:300]
             raise DataError(

@@ -1,5 +1,6 @@
 """Encoders of sentence-transformers, fed in batches of a fixed number of tokens."""
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from scmini.console import say
 from scmini.errors import ConfigError, DataError, DoesNotFit, EnvironmentProblem
 from scmini.models.hashed_ngrams import Flags, Vectors
+from scmini.quoting import quoted
 from scmini.sections import EmbedConfig
 
 Ids = NDArray[np.int64]
@@ -212,10 +214,13 @@ def _load_sentence_transformer(name: str, dtype: Any, device: Any) -> Any:
     local = name.startswith(("/", ".", "~")) or name.count("/") > 1
     if local and not Path(name).is_dir():
         raise DataError(f"embed.encoder: the folder {name} does not exist")
+    _refuse_code(Path(name))
     options = {"use_safetensors": True, "dtype": dtype}
     try:
         with quietly():
-            return SentenceTransformer(name, device=str(device), model_kwargs=options)
+            return SentenceTransformer(
+                name, device=str(device), trust_remote_code=False, model_kwargs=options
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if Path(name).is_dir():
@@ -224,6 +229,28 @@ def _load_sentence_transformer(name: str, dtype: Any, device: Any) -> Any:
             f"embed.encoder: {name} could not be fetched ({reason}); check the name and the "
             "connection, or download it elsewhere and give the folder"
         ) from None
+
+
+def _refuse_code(folder: Path) -> None:
+    """DataError for a local encoder made of Python files of its own.
+
+    Before version 6 sentence-transformers ran what lies in a local folder without being told to.
+    """
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+        kinds = [str(module["type"]) for module in modules]
+    except OSError:
+        return
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(
+            f"embed.encoder: {folder / 'modules.json'}: damaged; fetch the encoder again"
+        ) from None
+    for kind in kinds:
+        if not kind.startswith("sentence_transformers."):
+            raise DataError(
+                f"embed.encoder: {folder} needs Python code that comes with it ({quoted(kind)} in "
+                "modules.json), which scmini never runs; name another encoder"
+            )
 
 
 def _text_tokenizer(model: Any, name: str) -> Any:

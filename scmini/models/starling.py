@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scmini.errors import DataError
+from scmini.models.checkpoint_files import is_file
+from scmini.quoting import plain, quoted
 
 HEAD = "v_head.weight"
 BODIES = ("model.model.", "transformer.", "model.")
@@ -61,11 +63,16 @@ def _indexed(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [index.parent / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{index}: not an index of weight files; fetch or copy it again") from None
     for path in files:
-        if not path.is_file():
-            raise DataError(f"{path} is missing, but {index.name} names it; fetch or copy it again")
+        if path.parent != index.parent or path.name in ("", ".."):
+            raise DataError(f"{index}: {quoted(str(path))} is no file beside it; fetch it again")
+        if not is_file(path):
+            shown = index.parent / plain(path.name, 80)
+            raise DataError(
+                f"{shown} is missing, but {index.name} names it; fetch or copy it again"
+            )
     return files
 
 
@@ -116,7 +123,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"({_first_line(error)}); fetch or copy it again, or convert it to safetensors where "
             "you trust it with running its code"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file may break the loader anywhere
         raise _broken(path, error) from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise DataError(
@@ -167,4 +176,4 @@ def _broken(path: Path, error: Exception) -> DataError:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return plain((str(error).strip().splitlines() or [type(error).__name__])[0], 200)

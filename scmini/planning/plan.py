@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scmini import pipeline
 from scmini.config import Config
 from scmini.console import say
 from scmini.errors import ConfigError, DataError, DoesNotFit
@@ -14,6 +13,7 @@ from scmini.planning.cards import GIB, Card
 from scmini.planning.shapes import Shape, is_here, shape_of
 from scmini.planning.stages import Estimate, Subject, estimate
 from scmini.planning.workload import Workload, workload
+from scmini.run_status import status
 from scmini.stage_graph import Task, tasks, trains_base
 
 BENCH = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -175,7 +175,7 @@ def _measured(config: Config, run_dir: Path | None) -> dict[Task, dict[str, Any]
         say(f"{run_dir}: no such run folder yet, so there is nothing measured to show")
         return {}
     found = {}
-    for row in pipeline.status(config, run_dir)["stages"]:
+    for row in status(config, run_dir)["stages"]:
         if row["state"] == "done":
             manifest = json.loads((Path(row["path"]) / "manifest.json").read_bytes())
             notes = manifest.get("notes", {})

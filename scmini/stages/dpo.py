@@ -5,6 +5,7 @@ from pathlib import Path
 from scmini.config import Config
 from scmini.errors import DataError
 from scmini.models import loading
+from scmini.models.memory import Knob
 from scmini.records import read_pairs, read_table
 from scmini.store import Work
 from scmini.training import checkpoints
@@ -14,7 +15,9 @@ from scmini.training.losses import PreferenceObjective
 from scmini.training.preferences import TARGET, Responses
 from scmini.training.scoring import check_start
 from scmini.training.steps import Steps
-from scmini.training.trainer import TreeModule, train
+from scmini.training.trackers import label
+from scmini.training.trainer import train
+from scmini.training.tree_trainer import TreeModule
 
 TOO_LONG = "response longer than model.max_length"
 
@@ -36,7 +39,8 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
     objective = PreferenceObjective.of(config.dpo)
     if checkpoints.newest(work.path) is None:
         first = Steps(groups, objective, config.dpo, config.seed)[0]["groups"]
-        check_start(TreeModule(model), first, config.dpo.tokens_per_microbatch)
+        knob = Knob(config.dpo.tokens_per_microbatch, "dpo.tokens_per_microbatch")
+        check_start(TreeModule(model), first, knob)
     if config.dpo.gradient_checkpointing:
         loading.enable_checkpointing(model)
     trained = train(
@@ -48,9 +52,9 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         seed=config.seed,
         save_as="adapter",
         tokenizer=tokenizer,
+        label=label(config, config.dpo, work.method),
     )
-    work.note("steps", trained.steps)
-    work.note("peak_gib", trained.peak_gib)
+    trained.note_in(work)
 
 
 def _groups(

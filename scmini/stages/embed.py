@@ -21,7 +21,7 @@ from scmini.errors import DataError
 from scmini.models.encoders import Encoder, build_encoder
 from scmini.models.hashed_ngrams import Vectors
 from scmini.records import read_examples, read_samples_shard
-from scmini.store import Work, write_atomic
+from scmini.store import Work, note_written, write_atomic
 from scmini.training.checkpoints import peak_gib
 
 Prompts = list[tuple[str, list[str]]]
@@ -117,8 +117,12 @@ def _embed(
     buffer = io.BytesIO()
     np.save(buffer, halves[rows], allow_pickle=False)
     lines = json.dumps(listed, ensure_ascii=False) + "\n"
-    write_atomic(output.with_suffix(".ids.json"), lines.encode())
-    write_atomic(output, buffer.getvalue())
+    for path, data in (
+        (output.with_suffix(".ids.json"), lines.encode()),
+        (output, buffer.getvalue()),
+    ):
+        write_atomic(path, data)
+        note_written(path)
     return listed
 
 

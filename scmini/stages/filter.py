@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from scmini import console
 from scmini.config import Config, methods_with_pairs
-from scmini.data.answers import Answered, read_answers, stream_examples
+from scmini.data.answers import Answered, read_answers
 from scmini.data.negatives import NO_SIMILARITY, Chooser
 from scmini.data.selection import Answers
 from scmini.data.similarity import NotFinite, cosines
 from scmini.data.vectors import read_vectors_shard
 from scmini.errors import DataError
-from scmini.records import Example, Pair, write_table
+from scmini.records import Example, Pair, stream_examples, write_table
 from scmini.store import Work
 
 _USED = "used"

@@ -1,6 +1,7 @@
 """Log-probabilities of the reference model, once for every response that some method trains on."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,15 +9,18 @@ import pyarrow as pa
 
 from scmini import console
 from scmini.config import Config
+from scmini.errors import DataError
 from scmini.models import loading
+from scmini.models.memory import Knob
 from scmini.records import read_jsonl, read_pairs, read_table, write_table
 from scmini.stages.dpo import TOO_LONG
-from scmini.store import Work
+from scmini.store import Work, note_written
+from scmini.training.batches import Group
 from scmini.training.checkpoints import peak_gib
 from scmini.training.example import show_group
 from scmini.training.preferences import TARGET, Responses
 from scmini.training.scoring import score
-from scmini.training.trainer import TreeModule
+from scmini.training.tree_trainer import TreeModule
 
 PROMPTS_PER_SHARD = 64
 SCHEMA = pa.schema(
@@ -69,10 +73,13 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         path = work.path / "scratch" / f"part-{number:05d}.parquet"
         if not path.is_file():
             write_table(path, _table(scorer.score(shard, known)))
+            note_written(path)
         rows |= _read(path)
     console.progress(len(needed), len(needed), "prompts")
     _write(rows, needed, inputs["filter"] / "pairs", work)
     work.note("peak_gib", round(peak_gib(), 3))
+    if scorer.knob.lowered_to is not None:
+        work.note("tokens_per_microbatch", scorer.knob.lowered_to)
 
 
 class _Scorer:
@@ -81,6 +88,7 @@ class _Scorer:
     def __init__(self, config: Config, source: str, adapter: Path, responses: Responses) -> None:
         self.config, self.source, self.adapter = config, source, adapter
         self.responses = responses
+        self.knob = Knob(config.reference.tokens_per_microbatch, "reference.tokens_per_microbatch")
         self._module: TreeModule | None = None
 
     def score(self, shard: list[tuple[str, list[int]]], known: Rows) -> list[Row]:
@@ -94,8 +102,9 @@ class _Scorer:
                 groups.append(group)
                 indices.append(missing)
         if groups:
-            logps = score(self.module(), groups, self.config.reference.tokens_per_microbatch)
+            logps = score(self.module(), groups, self.knob)
             for group, missing, values in zip(groups, indices, logps, strict=True):
+                _check_finite(group, missing, values)
                 rows += map(Row, [group.id] * len(missing), missing, values, group.num_scored)
         return rows
 
@@ -106,6 +115,18 @@ class _Scorer:
             )
             self._module = TreeModule(policy)
         return self._module
+
+
+def _check_finite(group: Group, indices: Sequence[int], logps: Sequence[float]) -> None:
+    for index, logp, length in zip(indices, logps, group.num_scored, strict=True):
+        if not math.isfinite(logp):
+            raise DataError(
+                f"prompt {group.id!r}: response {index} (-1: target) of {length} tokens has the "
+                f"log-probability {logp} under the reference. Look at it in the samples; if "
+                "nothing is wrong with it, the SFT model is broken or overflows: model.dtype: "
+                "bfloat16 has the range that float16 lacks, and a lower sft.learning_rate trains "
+                "more gently"
+            )
 
 
 def _write(rows: Rows, needed: list[tuple[str, list[int]]], pairs: Path, work: Work) -> None:

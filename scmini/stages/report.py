@@ -21,6 +21,7 @@ from scmini.evaluation.benchmarks import official_layouts
 from scmini.evaluation.benchmarks import results as benchmark_results
 from scmini.evaluation.report import figures, page, run_data, wording
 from scmini.evaluation.report import view as report_view
+from scmini.evaluation.report.pictures import draw
 from scmini.evaluation.report.view import Generations, Inputs, Rewards
 from scmini.evaluation.win_rate import bootstrap_ci95, perfect_share, summary
 from scmini.store import Work, versions, write_atomic
@@ -35,6 +36,7 @@ _COLUMNS = (
     *("length_controlled_win_rate_high", "mean_length_low", "mean_length_high", "length_ratio"),
 )
 _OF_BENCHMARK = ("", "_low", "_high", "_n", "_failed")
+PLAN = "plan.json"
 _ORDER = (
     *("data", "base", "sft", "sample", "embed", "filter", "reference", "dpo", "generate", "reward"),
     *("benchmark", "judge"),
@@ -65,14 +67,18 @@ def run(config: Config, inputs: Inputs, work: Work) -> None:
         "versions": versions(),
         "device": device(inputs),
         "stages": stage_results(inputs),
+        "plan": read_plan(work.path),
     }
+    drawn = draw(config, inputs)
     write_atomic(work.path / "results.json", _json(results))
     write_atomic(work.path / "results.csv", results_csv(rows).encode())
     official_layouts.write(config, inputs, scores, work.path)
-    for name, picture in pictures(config, rows, scores).items():
+    more = {f"figures/{name}": picture for name, picture in drawn.files.items()}
+    for name, picture in (pictures(config, rows, scores) | more).items():
+        (work.path / name).parent.mkdir(exist_ok=True)
         write_atomic(work.path / f"{name}.svg", figures.to_svg(picture, name).encode())
         write_atomic(work.path / f"{name}.png", figures.to_png(picture))
-    view = report_view.page_view(config, inputs, results, rewards, generations)
+    view = report_view.page_view(config, inputs, results, rewards, generations, drawn)
     write_atomic(work.path / "index.html", page.render(view).encode())
     console.say(view["headline"])
 
@@ -81,7 +87,7 @@ def pictures(
     config: Config, rows: wording.Rows, scores: benchmark_results.Scores
 ) -> dict[str, Figure]:
     """Figures by file name: win_rate, benchmarks, and mean_length where there is neither."""
-    found = {}
+    found, rows = {}, report_view.drawable(rows)
     if config.grader != "none":
         scale = wording.unit_of(config.grader).scale
         found["win_rate"] = figures.win_rate_figure(rows, scale)
@@ -147,6 +153,22 @@ def stage_results(inputs: Inputs) -> dict[str, dict[str, float | None]]:
         return _ORDER.index(stage), bool(method), found[key][0]  # what methods share, then by time
 
     return {key: found[key][1] for key in sorted(found, key=place)}
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What `scmini plan` expects of the stages: plan.json of the report's own folder.
+
+    It is put there before the stage runs, since a stage knows nothing of planning.
+
+    Returns:
+        {"gpu": name, "stages": {stage or stage:method: {"seconds", "peak_gib"}}}, or {"reason": why
+        there is no plan}.
+    """
+    try:
+        plan: dict[str, Any] = json.loads((folder / PLAN).read_bytes())
+    except FileNotFoundError:
+        return {"reason": "none was made for this run"}
+    return plan
 
 
 def device(inputs: Inputs) -> dict[str, Any]:

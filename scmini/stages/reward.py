@@ -17,7 +17,7 @@ from scmini.config import Config
 from scmini.data import zoo
 from scmini.errors import DataError
 from scmini.records import Generation, Reward, read_generations, read_rewards, write_jsonl
-from scmini.store import Work, write_atomic
+from scmini.store import Work, note_written, write_atomic
 
 if TYPE_CHECKING:
     from scmini.models.reward import RewardModel
@@ -60,7 +60,7 @@ def _by_model(
         part = work.path / "scratch" / f"part-{start:07d}.jsonl"
         full = part.with_suffix(".full")
         chunk = generations[start : start + CHUNK]
-        if not part.exists():
+        if not (part.exists() and full.exists()):
             judge = _loaded(source, json.dumps(_options(config), sort_keys=True))
             answers = [(g.prompt, [g.response, g.target]) for g in chunk]
             before = judge.full
@@ -68,6 +68,8 @@ def _by_model(
             part.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(full, str(judge.full - before).encode())
             write_jsonl(part, [Reward(g.id, *pair) for g, pair in scores])
+            note_written(full)
+            note_written(part)
         found += read_rewards(part)
         if number := int(full.read_text()):
             work.count(FULL, number)

@@ -15,6 +15,7 @@ from scmini.training.checkpoints import peak_gib
 from scmini.training.example import show_group
 from scmini.training.losses import SFTObjective
 from scmini.training.preferences import sft_group
+from scmini.training.trackers import label
 from scmini.training.trainer import train
 
 SEED_OF_CONTINUED = 1
@@ -64,6 +65,6 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         seed=config.seed + (SEED_OF_CONTINUED if continued else 0),
         save_as="adapter",
         tokenizer=tokenizer,
+        label=label(config, section, work.method or "sft"),
     )
-    work.note("steps", trained.steps)
-    work.note("peak_gib", trained.peak_gib)
+    trained.note_in(work)

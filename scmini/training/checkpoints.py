@@ -4,6 +4,7 @@
       adapter_model.safetensors, adapter_config.json     or a whole model's files
       optimizer.safetensors, optimizer.json              moments; settings and counters
       scheduler.json  trainer_state.json
+      window.json                                        metrics since the last row of metrics.jsonl
 
 A checkpoint is written under a temporary name, synced and renamed, so a folder with a final name is
 complete whenever the process was killed. Random numbers need no file: each step seeds its own.
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scmini.models.loading import quietly, restore_adapter, save_adapter
+from scmini.store import note_written, write_atomic
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 MODEL_WEIGHTS = "model.safetensors"
+WINDOW = "window.json"
 
 
 def step_of(folder: Path) -> int:
@@ -110,6 +113,12 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
     return {"state": state, "param_groups": rest["param_groups"]}
 
 
+def load_window(folder: Path) -> dict[str, float]:
+    """Sums of metrics that no row has yet; none in checkpoints of earlier versions."""
+    path = folder / WINDOW
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
 def publish(torn: Path, final: Path) -> None:
     """Sync a finished folder and give it its name, all at once."""
     for path in sorted(torn.rglob("*")):
@@ -123,6 +132,7 @@ def publish(torn: Path, final: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+    note_written(final)
 
 
 def temporary(final: Path) -> Path:
@@ -133,21 +143,14 @@ def temporary(final: Path) -> Path:
     return torn
 
 
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop the lines of metrics.jsonl after a step, and a torn last one: they are made again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= last_step:
-            kept.append(line + "\n")
-    torn = path.with_name(f".{path.name}.tmp")
-    torn.write_text("".join(kept), encoding="utf-8")
-    os.replace(torn, path)
+def restore_metrics(path: Path, checkpoint: Path | None) -> None:
+    """metrics.jsonl as it was at a checkpoint, whatever became of it since."""
+    rows = []
+    if checkpoint is not None:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        rows = [row for row in state["log_history"] if "loss" in row]
+    lines = [json.dumps({"step": row.pop("step"), **row}) + "\n" for row in rows]
+    write_atomic(path, "".join(lines).encode())
 
 
 def peak_gib() -> float:

@@ -83,6 +83,10 @@ class PreferenceObjective:
         "rewards/margins",
         "logps/chosen",
         "logps/rejected",
+        "logps/chosen_per_token",
+        "drift/chosen_per_token",
+        "drift/rejected_per_token",
+        "kl/rejected",
     )
 
     @classmethod
@@ -105,6 +109,13 @@ class PreferenceObjective:
             `logps/rejected` are means over k; `rewards/accuracies` is the share of (chosen,
             rejected) pairs with a positive margin, `rewards/accuracies_all` the share of prompts
             whose chosen response beats all k.
+
+            Ours: `logps/chosen_per_token`, the chosen's log-probability over its tokens;
+            `drift/...`, logratio over tokens; `kl/rejected`, the mean of -logratio over the
+            rejected, in nats per response. For plain samples of the reference that would be the
+            unbiased estimate of KL(reference || policy). Rejected ones that were picked, and that
+            training makes unlikely, put it above that as a rule; for rejected ones that the
+            reference did not write it is no KL at all.
         """
         index, valid = _layout(groups, logps.device)
         logratios = logps - _ref_logps(groups, logps)
@@ -116,11 +127,12 @@ class PreferenceObjective:
             losses = softmax_loss(chosen, rejected, valid)
         else:
             losses = (self._pair_loss(margins) * share).sum(dim=1)
+        lengths = torch.tensor([n for group in groups for n in group.num_scored]).to(logps)[index]
         if self.rpo_alpha:
-            lengths = torch.tensor([group.num_scored[0] for group in groups]).to(logps)
-            losses = losses - self.rpo_alpha * logps[index[:, 0]] / lengths
+            losses = losses - self.rpo_alpha * logps[index[:, 0]] / lengths[:, 0]
         with torch.no_grad():
             metrics = _metrics(rewards, logps[index], valid, share)
+            metrics |= _drift(logratios[index], logps[index[:, 0]], lengths, share)
         return losses.sum(), metrics
 
     def _pair_loss(self, margins: Tensor) -> Tensor:
@@ -188,4 +200,15 @@ def _metrics(rewards: Tensor, logps: Tensor, valid: Tensor, share: Tensor) -> Su
         "rewards/margins": chosen - rejected,
         "logps/chosen": logps[:, 0].sum(),
         "logps/rejected": (logps[:, 1:] * share).sum(),
+    }
+
+
+def _drift(logratios: Tensor, chosen: Tensor, lengths: Tensor, share: Tensor) -> Sums:
+    """Distance from the reference: logratios [B, 1 + K], chosen [B] logps, lengths [B, 1 + K]."""
+    per_token = logratios / lengths
+    return {
+        "logps/chosen_per_token": (chosen / lengths[:, 0]).sum(),
+        "drift/chosen_per_token": per_token[:, 0].sum(),
+        "drift/rejected_per_token": (per_token[:, 1:] * share).sum(),
+        "kl/rejected": -(logratios[:, 1:] * share).sum(),
     }

@@ -38,7 +38,7 @@ from scmini.models.loading import quietly
 from scmini.models.reward import RewardModel, reward_ids
 from scmini.records import Message, read_jsonl
 from scmini.training import checkpoints
-from scmini.training.trainer import one_gpu_per_process
+from scmini.training.tree_trainer import one_gpu_per_process
 
 HELD_OUT_IN = 10
 """One prompt in so many is kept for the accuracy that is noted."""

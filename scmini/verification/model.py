@@ -16,7 +16,7 @@ from scmini.seeding import rng
 from scmini.training.batches import Group, cut
 from scmini.training.losses import PreferenceObjective
 from scmini.training.scoring import check_start, score, tolerance
-from scmini.training.trainer import TreeModule, TreeTrainer
+from scmini.training.tree_trainer import TreeModule, TreeTrainer
 from scmini.verification.checks import FACTOR, Check, Finding, allowed, largest
 from scmini.verification.separate import (
     Gradients,

@@ -20,7 +20,7 @@ from scmini.planning.shapes import KNOWN
 from scmini.training.batches import Group
 from scmini.training.losses import PreferenceObjective
 from scmini.training.scoring import score
-from scmini.training.trainer import TreeModule, TreeTrainer
+from scmini.training.tree_trainer import TreeModule, TreeTrainer
 from scmini.verification.checks import allowed, largest, run
 from scmini.verification.model import model_checks, randomise
 from scmini.verification.separate import gradient_error, separate, take_gradients, widened
@@ -209,6 +209,46 @@ def test_the_same_step_small(device, tmp_path):
     assert loss == pytest.approx(0.6931, abs=0.2)
     assert len(sizes) == 2 * 7 * 2
     assert all(0 < size < float("inf") for size in sizes.values())
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out(card, tmp_path):
+    """The allocator's own error: the step is done again in smaller rows, and gives the same."""
+    from transformers import TrainingArguments
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).to(card, torch.bfloat16).requires_grad_(False)
+    policy = adapted(model, r=16)
+    module = TreeModule(policy)
+    drawn = [random_group(64, length, 7, 8000) for length in range(200, 280, 10)]
+    groups = [
+        Group(f"p{n}", g.sequences, g.num_scored, [-8.99 * m for m in g.num_scored])
+        for n, g in enumerate(drawn)
+    ]
+    knob = sum(group.num_tokens for group in groups)
+
+    def step():
+        policy.zero_grad()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        args = TrainingArguments(output_dir=str(tmp_path), report_to=["none"])
+        trainer = TreeTrainer(module, args, PreferenceObjective(0.1), knob)
+        share = {"groups": groups, "weight": float(len(groups)), "idle": False}
+        loss = trainer.training_step(module, share).item()
+        return trainer, loss, take_gradients(policy), before
+
+    _, roomy, expected, before = step()
+    peak = torch.cuda.max_memory_reserved()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + 0.6 * (peak - before)) / total)
+    trainer, loss, gradients, _ = step()
+    lowered = trainer.schedule.lowered_to
+    assert lowered is not None
+    assert lowered < knob
+    assert torch.cuda.max_memory_reserved() < before + 0.6 * (peak - before)
+    assert loss == pytest.approx(roomy, rel=1e-2)
+    assert gradient_error(gradients, expected) < 0.05
 
 
 @pytest.mark.gpu

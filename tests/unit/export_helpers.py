@@ -165,3 +165,8 @@ def _report(work: Any, config: Config) -> None:
     (work.path / "mt_bench").mkdir()
     (work.path / "mt_bench" / "question.jsonl").write_text("{}\n")
     (work.path / "log" / "text.log").write_text("secret /home/jane\n")
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """Set values of an object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -1,17 +1,20 @@
 """Small stand-ins for the stages, run in real child processes, and how tests speak of them."""
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scmini import pipeline
 from scmini.config import Config
 from scmini.config_file import parse_config
 from scmini.stage_graph import Task
 
 WORKER = '''
 """A worker whose stages write a digest of what they read instead of thinking."""
-import hashlib, json, os, sys, time
+import hashlib, json, os, signal, sys, time
 from pathlib import Path
 from scmini import console, worker
 from scmini.config import methods_with_pairs
@@ -76,6 +79,10 @@ def behave(task, config, work):
         (work.path / "shard-0").write_text("half of the work")
         console.say("asleep")
         time.sleep(60)
+    if what == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (work.path / "shard-0").write_text("half of the work")
+        time.sleep(60)
 
 worker.load_stage = load
 sys.exit(worker.main(Path(sys.argv[1])))
@@ -96,3 +103,15 @@ def behave(monkeypatch: pytest.MonkeyPatch, **how: str) -> None:
     monkeypatch.setenv(
         "FAKE_BEHAVIOUR", json.dumps({k.replace("__", ":"): v for k, v in how.items()})
     )
+
+
+def put_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let runs use the stand-ins for the stages; returns the file in which they put their keys."""
+    (folder / "worker.py").write_text(WORKER)
+    log = folder / "executed"
+    log.touch()
+    monkeypatch.setenv("FAKE_LOG", str(log))
+    monkeypatch.delenv("FAKE_BEHAVIOUR", raising=False)
+    monkeypatch.delenv("SCMINI_STORE", raising=False)
+    monkeypatch.setattr(pipeline, "WORKER", [sys.executable, str(folder / "worker.py")])
+    return log

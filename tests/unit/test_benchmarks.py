@@ -221,8 +221,9 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
     text = document.read_text("utf-8")
     assert text.count("Not measured") == 2
     assert "|" not in text
+    document.write_text("no markers")
     with pytest.raises(SystemExit, match="no block"):
-        plot.replaced("no markers", "")
+        plot.main(["--results", str(tmp_path), "--document", str(document)])
 
 
 def test_the_shipped_document_is_fresh() -> None:

@@ -11,8 +11,11 @@ import pytest
 
 from scmini import __version__, cli, pipeline
 from scmini.config_file import load_config, parse_config
-from scmini.console import Display, clean, duration, progress, size, table
+from scmini.console import clean, duration, progress, size, table
+from scmini.display import Display
 from scmini.errors import DataError, DoesNotFit, Interrupted, ServiceError, StageFailed, StoreBusy
+from scmini.planning import cards
+from scmini.planning.cards import CARDS
 from scmini.stage_graph import Task
 
 REPOSITORY = Path(cli.__file__).parent.parent
@@ -115,7 +118,27 @@ def test_without_c_the_demo_runs_and_says_so(ran: list[tuple[Any, ...]], capsys:
     assert "no -c given: running the embedded demo (configs/demo.yaml)" in capsys.readouterr().err
     config, run_dir, options = ran[0]
     assert (config, run_dir) == (load_config("demo", []), Path("runs/demo"))
-    assert options == {"only": None, "from_": None, "until": None, "force": False}
+    assert options == {"only": None, "from_": None, "until": None, "force": False, "planned": {}}
+
+
+@pytest.mark.parametrize("card", [None, CARDS["rtx-4090"]])
+def test_what_the_plan_knows_goes_along(
+    card: Any, ran: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for module in (cli, cards):
+        monkeypatch.setattr(module, "local_card", lambda: card)
+    monkeypatch.setattr(cli.download, "not_fetched", lambda _: [])
+    words = ["run", "all", "-c", "hh-rlhf-7b"]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--set", "model.model_name_or_path=nobody/knows-it"]) == 0
+    known, unknown = (options["planned"] for _, _, options in ran)
+    assert unknown == {}
+    assert ("no GPU found" in capsys.readouterr().err) == (card is None)
+    if card is None:
+        assert known == {}
+    else:
+        assert known[Task("dpo", "self-contrast-16")] > known[Task("dpo", "self-contrast-1")] > 60
+        assert Task("report") not in known
 
 
 def test_words_reach_the_pipeline(ran: list[tuple[Any, ...]]) -> None:
@@ -125,10 +148,13 @@ def test_words_reach_the_pipeline(ran: list[tuple[Any, ...]]) -> None:
     assert cli.main(["run", "dpo", "-c", "my.yaml", "-o", "there"]) == 0
     config, run_dir, options = ran[0]
     assert (config.seed, config.dpo.beta, run_dir) == (3, 0.5, Path("runs/mine"))
-    assert options == {"only": None, "from_": "sft", "until": "dpo", "force": True}
+    assert options == {
+        **{"only": None, "from_": "sft", "until": "dpo", "force": True},
+        "planned": {},
+    }
     assert ran[1][1:] == (
         Path("there"),
-        {"only": "dpo", "from_": None, "until": None, "force": False},
+        {"only": "dpo", "from_": None, "until": None, "force": False, "planned": {}},
     )
 
 
@@ -263,7 +289,8 @@ def test_a_closed_pipe_is_no_fault() -> None:
 def test_nobody_reads_the_progress() -> None:
     """The work goes on, and so does what is said to stdout."""
     script = (
-        "import sys\nfrom scmini import cli, pipeline\nfrom scmini.console import Display, say\n"
+        "import sys\nfrom scmini import cli, pipeline\nfrom scmini.console import say\n"
+        "from scmini.display import Display\n"
         "def run(*_, **__):\n"
         "    with Display() as display:\n"
         "        for _ in range(3): say('x'); display.start('sft')\n"

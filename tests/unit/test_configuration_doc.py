@@ -1,11 +1,15 @@
 """docs/configuration.md says what the models of the configuration say."""
 
 import re
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from bench import configuration
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+import configuration
+
 from scmini.config import Config
 from scmini.config_file import config_to_yaml, load_config
 from scmini.sections import recipe_section

@@ -1,9 +1,9 @@
 """The example that is shown before a stage works, decoded from the ids that it uses."""
 
+import io
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from chat_helpers import byte_tokenizer, llama_tokenizer, turns, with_template
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from scmini import chat, console
+from scmini.display import Display
 from scmini.training import example
 from scmini.training.batches import Group
 from scmini.training.example import marked, show_example, show_group
@@ -106,13 +107,13 @@ def test_through_the_pipe_and_in_colours(capsys: pytest.CaptureFixture[str]) -> 
     os.close(receive)
     plain = "example e\n  prompt    [bold]u⟦</s>⟧\n  learned   a\n            b"
     assert (event["event"], event["text"]) == ("example", plain)
-    with console.Display(live=False) as display:
+    with Display(live=False) as display:
         display.example("sft", event)
     assert capsys.readouterr().err == f"sft: {plain}\n"
-    display = console.Display(live=True)
-    terminal = Console(force_terminal=True, width=120, stderr=True)
-    display._rich = SimpleNamespace(console=terminal)
-    display.example("sft", event)
-    shown = capsys.readouterr().err
+    shown_on = io.StringIO()
+    terminal = Console(force_terminal=True, color_system="standard", width=120, file=shown_on)
+    with Display(live=True, console=terminal) as display:
+        display.example("sft", event)
+    shown = shown_on.getvalue()
     assert "\x1b[35m⟦</s>⟧" in shown
     assert "[bold]u" in shown

@@ -268,8 +268,12 @@ def test_the_base_that_the_adapter_was_trained_on(tmp_path: Path) -> None:
     done = export_merged(run.path, METHOD, dtype="float32")
     found = logits(AutoModelForCausalLM.from_pretrained(done.folder))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    for folder in run.store.root.glob("base-*"):
-        shutil.rmtree(folder)
+    (folder,) = run.store.root.glob("base-*")
+    aside = folder.with_name("base-000000000000.damaged-1")  # comes first by name
+    aside.mkdir()
+    (aside / "manifest.json").write_text("{")
+    export_adapter(run.path, METHOD)
+    shutil.rmtree(folder)
     with pytest.raises(UsageError, match="its base model is not in"):
         export_adapter(run.path, METHOD)
 

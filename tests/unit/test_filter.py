@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import files_of, work
+from data_helpers import files_of, work, write_lines
 
 from scmini.config import Config
 from scmini.data import negatives
@@ -239,9 +239,10 @@ def test_shards_that_are_none(tmp_path: Path) -> None:
         RecordError, match=r"part-00000\.parquet, line 2: an id or a text is missing"
     ):
         run(tmp_path, ["self-contrast-1"], inputs)
-    (inputs["data"] / "train.jsonl").write_text('{"id": "0", "prompt": [], "target": 3}\n')
+    row = {"id": "0", "prompt": [{"role": "user", "content": "a"}], "target": 3}
+    write_lines(inputs["data"] / "train.jsonl", [row])
     write_table(path, table)
-    with pytest.raises(RecordError, match="line 1: field 'target' is missing or no str"):
+    with pytest.raises(RecordError, match="line 1: field 'target': expected text, got int"):
         run(tmp_path, ["self-contrast-1"], inputs)
 
 

@@ -118,6 +118,12 @@ def test_metrics_equal_loop() -> None:
         expected["rewards/accuracies_all"] += all(wins)
         expected["logps/chosen"] += values[0]
         expected["logps/rejected"] += sum(values[1:]) / len(values[1:])
+        ratios = [a - b for a, b in zip(values, group.ref_logps, strict=True)]
+        drifts = [ratio / length for ratio, length in zip(ratios, group.num_scored, strict=True)]
+        expected["logps/chosen_per_token"] += values[0] / group.num_scored[0]
+        expected["drift/chosen_per_token"] += drifts[0]
+        expected["drift/rejected_per_token"] += sum(drifts[1:]) / len(drifts[1:])
+        expected["kl/rejected"] -= sum(ratios[1:]) / len(ratios[1:])
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value, rel=1e-9), name

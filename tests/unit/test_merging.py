@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_helpers import config, save_random_adapter
+from export_helpers import change_json, config, save_random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,21 +27,6 @@ from scmini.sections import ModelConfig
 PLAIN = ModelConfig(load_in_4bit=False, dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_adapter(config(source), str(source), tmp_path_factory.mktemp("adapter"))
-
-
-@pytest.fixture
-def adapter(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "adapter"))
-
-
 def merged(source: Path, adapter: Path, out: Path, dtype: str = "float32", **options: Any) -> Path:
     out.mkdir()
     write_merged(PLAIN, str(source), adapter, out, dtype=dtype, **options)
@@ -53,10 +38,6 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         found |= load_file(path)
     return found
-
-
-def change_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize("name", MODELS)

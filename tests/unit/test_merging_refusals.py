@@ -7,32 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from export_helpers import config, save_random_adapter
+from export_helpers import change_json
 from safetensors.torch import load_file, save_file
-from training_helpers import write_model
 
 from scmini.errors import DataError
 from scmini.models.merging import merge_adapter
 from scmini.sections import ModelConfig
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_adapter(config(source), str(source), tmp_path_factory.mktemp("adapter"))
-
-
-@pytest.fixture
-def adapter(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "adapter"))
-
-
-def change_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def quantised(base: Path, adapter: Path) -> None:

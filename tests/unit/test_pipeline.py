@@ -11,7 +11,7 @@ import pytest
 from fake_stages import METHODS, behave, config, states
 
 from scmini import pipeline, run_folder
-from scmini.errors import EnvironmentProblem, StageFailed, UsageError
+from scmini.errors import EnvironmentProblem, StageFailed, StoreDamaged, UsageError
 from scmini.locks import locked
 from scmini.run_folder import RunFolder
 from scmini.stage_graph import Task, tasks
@@ -28,6 +28,11 @@ def test_a_whole_run_and_what_a_change_runs_again(
     assert set(states(pipeline.status(config(), run_dir)).values()) == {"done"}
     error = capsys.readouterr().err
     assert "dpo self-contrast-4: 1/1 steps (100 %), loss 0.5" in error
+    stages = list(dict.fromkeys(task.phase for task in tasks(config())))
+    told = [line for line in error.splitlines() if line.startswith("stage ") and " done" in line]
+    assert [line.split(" done")[0] for line in told] == [
+        f"stage {number} of {len(stages)}" for number in range(1, len(stages) + 1)
+    ]
 
     began = time.monotonic()
     pipeline.run(config(), run_dir)
@@ -201,18 +206,38 @@ def test_what_is_said_to_be_finished(tmp_path: Path, executed: Any, capsys: Any)
 def test_a_full_disk_does_not_hide_what_happened(
     tmp_path: Path, executed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     c, run_dir = config("methods=[sft]"), tmp_path / "toy"
     behave(monkeypatch, data="data")
-    monkeypatch.setattr(RunFolder, "fail", full)
+    monkeypatch.setattr(RunFolder, "fail", _full)
     with pytest.raises(StageFailed, match="field 'id' is missing") as caught:
         pipeline.run(c, run_dir)
     assert caught.value.exit_code == 5
-    monkeypatch.setattr(RunFolder, "begin", full)
+    monkeypatch.setattr(RunFolder, "begin", _full)
     with pytest.raises(EnvironmentProblem, match="toy: the disk is full"):
         pipeline.run(c, run_dir)
+
+
+def test_what_can_be_typed_next(
+    tmp_path: Path, executed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c, run_dir = config("methods=[sft]"), tmp_path / "my toy"
+    pipeline.run(c, run_dir, only="data")
+    manifest = (run_dir / "data").resolve() / "manifest.json"
+    manifest.write_text("{")
+    with pytest.raises(StoreDamaged, match=r"manifest\.json: damaged") as damaged:
+        pipeline.run(c, run_dir, until="sft")
+    go_on = f"scmini run all -o '{run_dir}' --until sft"
+    assert str(damaged.value).splitlines()[-1] == (
+        f"to go on: scmini repair -o '{run_dir}' && {go_on}"
+    )
+    monkeypatch.setattr(RunFolder, "begin", _full)
+    with pytest.raises(EnvironmentProblem, match="the disk is full") as full:
+        pipeline.run(c, run_dir, until="sft")
+    assert str(full.value).splitlines()[-1] == f"to go on: {go_on}"
+
+
+def _full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_stages_of_another_version_stay_in_the_record(tmp_path: Path) -> None:
@@ -269,9 +294,11 @@ def test_a_damaged_input_is_named(tmp_path: Path, executed: Any) -> None:
     pipeline.run(c, run_dir, until="base")
     (run_dir / "data" / "train.jsonl").write_text("half")
     with pytest.raises(
-        StageFailed, match=r"train\.jsonl: changed after it was written; delete"
+        StageFailed, match=r"train\.jsonl: changed after it was written; scmini repair"
     ) as caught:
         pipeline.run(c, run_dir)
+    last = f"to go on: scmini repair -o {run_dir} && scmini run all -o {run_dir}"
+    assert str(caught.value).splitlines()[-1] == last
     assert caught.value.exit_code == 5
 
 

@@ -36,7 +36,8 @@ from scmini.training.batches import Group
 from scmini.training.losses import PreferenceObjective, SFTObjective
 from scmini.training.scoring import score
 from scmini.training.steps import Objective, Steps
-from scmini.training.trainer import TreeModule, TreeTrainer, _arguments
+from scmini.training.trainer import _arguments
+from scmini.training.tree_trainer import TreeModule, TreeTrainer
 from scmini_kernels import PrefixTree
 from scmini_kernels.linear_logprob import WORKSPACE_BYTES
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tight_memory import room_for
 from training_helpers import separate_logps, write_model, write_train
 
-from scmini import chat
+from scmini import chat, console
 from scmini.config import Config
 from scmini.errors import DataError, ScminiError
 from scmini.models import loading
@@ -207,8 +208,10 @@ def test_dpo_refuses_a_wrong_reference(run: Run) -> None:
     reference.run(run.config, run.inputs, run.work("reference"))
     sft.run(run.config, run.inputs, run.work("more", "sft-continued"))
     wrong = {**run.inputs, "sft": run.root / "more"}
-    with pytest.raises(ScminiError, match="not the policy's start"):
-        dpo.run(run.config, wrong, run.work("dpo", "spin"))
+    work = run.work("dpo", "spin")
+    with pytest.raises(ScminiError, match=r"not the policy's start.*the SFT adapter.*--force"):
+        dpo.run(run.config, wrong, work)
+    assert [p.name for p in work.path.iterdir()] == ["example.txt"], "it trained all the same"
 
 
 def test_dpo_refuses_missing_and_different_rows(run: Run) -> None:
@@ -285,3 +288,47 @@ def test_sft_group_cuts_left_and_drops(run: Run) -> None:
     )
     assert cut.num_scored == [len(answer)]
     assert sft_group(run.tokenizer, example, "last", len(answer)) is None
+
+
+def test_memory_that_runs_out_is_noted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The knob stays lowered from shard to shard, and the manifest says to what."""
+    monkeypatch.setattr(reference, "PROMPTS_PER_SHARD", 3)
+    reference.run(run.config, run.inputs, run.work("roomy"))
+    said: list[str] = []
+    monkeypatch.setattr(console, "warn", said.append)
+    work = run.work("tight")
+    with room_for(100):
+        reference.run(run.config, run.inputs, work)
+    assert len(said) == 1
+    lowered = work.notes["tokens_per_microbatch"]
+    assert f"reference.tokens_per_microbatch 8192 -> {lowered}" in said[0]
+    assert _rows(run.root / "tight") == pytest.approx(_rows(run.root / "roomy"), abs=1e-4)
+
+
+def test_a_reference_that_is_not_finite_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "PROMPTS_PER_SHARD", 3)
+    original = reference.score
+
+    def broken(*arguments: object) -> list[list[float]]:
+        scores = original(*arguments)  # type: ignore[arg-type]
+        if arguments[1][0].id == "e3":  # type: ignore[index]
+            scores[1][2] = float("nan")
+        return scores
+
+    monkeypatch.setattr(reference, "score", broken)
+    work = run.work("reference")
+    with pytest.raises(DataError, match=r"prompt 'e4': response 0 .* log-probability nan under"):
+        reference.run(run.config, run.inputs, work)
+    assert [p.name for p in (work.path / "scratch").iterdir()] == ["part-00000.parquet"]
+
+
+def test_a_lowered_knob_of_dpo_is_noted(run: Run) -> None:
+    reference.run(run.config, run.inputs, run.work("reference"))
+    work = run.work("dpo", "self-contrast-2")
+    with room_for(100):
+        dpo.run(run.config, run.inputs, work)
+    kept = json.loads((work.path / "log" / "microbatch.json").read_text())
+    assert kept["lowered"] == [[0, work.notes["tokens_per_microbatch"]]]
+    assert work.notes["steps"] == 3

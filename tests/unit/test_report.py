@@ -1,6 +1,8 @@
 """The report: numbers against a slow recount, figures that repeat, a page that is safe."""
 
+import base64
 import csv
+import hashlib
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -17,6 +19,7 @@ from matplotlib.patches import StepPatch
 from scmini.errors import DataError, RecordError, StoreDamaged
 from scmini.evaluation.report import figures, run_data, wording
 from scmini.evaluation.report.page import duration, visible
+from scmini.evaluation.report.training_prompts import Answer, of_every_reason
 from scmini.evaluation.report.wording import Unit, headline, number, sentence
 from scmini.evaluation.win_rate import Comparison
 from scmini.records import read_rewards
@@ -103,9 +106,14 @@ def test_page_is_self_contained_and_model_text_is_only_text(made: Made) -> None:
     tags = _Tags()
     tags.feed(page)
     assert not tags.open
-    assert "script" not in tags.names
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in tags.addresses)
+    assert tags.names.count("script") == 3  # two islands of data, and the browser of prompts
+    starts = ("data:image/svg+xml;base64,", "#")
+    assert all(address.startswith(starts) for address in tags.addresses)
     assert "url(" not in page
+    script = page[page.rindex("<script>") + 8 : page.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{digest}&#39;" in page
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
     assert "&lt;script&gt;" in page
     assert "[U+001B]" in page
     assert "[U+202E]" in page
@@ -146,8 +154,8 @@ def test_only_pairs_that_were_trained_on_count(made: Made) -> None:
 
 def test_dropped_answers_repeat_no_text() -> None:
     rows = [("a", 0.3, "duplicate"), (" a", 0.4, "duplicate"), ("b", 0.2, "duplicate")]
-    answers = [run_data.Candidate(*row) for row in [*rows, ("a", 0.1, "truncated")]]
-    shown = run_data._of_every_kind(answers)
+    answers = [Answer(*row) for row in [*rows, ("a", 0.1, "truncated"), ("c", 0.9, None)]]
+    shown = of_every_reason(answers)
     assert [(answer.text, answer.reason) for answer in shown] == [
         *((" a", "duplicate"), ("a", "truncated"), ("b", "duplicate")),
     ]

@@ -151,9 +151,10 @@ def test_without_a_grader_nothing_pretends_to_be_a_win_rate(ungraded: Any) -> No
 def test_without_grader_and_benchmarks_lengths_are_drawn(tmp_path: Path) -> None:
     config = fake_run.config(["sft", "dpo"], **UNGRADED)
     folder, _ = make(tmp_path, config, judged=False)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *("index.html", "mean_length.png", "mean_length.svg", "results.csv", "results.json")
-    ]
+    assert {path.name for path in folder.iterdir()} == {
+        *("index.html", "mean_length.png", "mean_length.svg", "results.csv", "results.json"),
+        "figures",
+    }
     assert "Benchmarks" not in (folder / "index.html").read_text("utf-8")
 
 

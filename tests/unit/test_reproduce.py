@@ -1,12 +1,14 @@
 """docs/reproduce.md says what the planner and the result files say."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import reproduce
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+import reproduce
 
 
 @pytest.fixture(autouse=True)

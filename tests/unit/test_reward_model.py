@@ -18,13 +18,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from scmini import console
 from scmini.config import Config
-from scmini.errors import ConfigError, DataError, RecordError
+from scmini.errors import ConfigError, DataError, DoesNotFit, RecordError
 from scmini.models.reward import RewardModel, reward_ids
 from scmini.records import Generation, read_generations, read_rewards, write_jsonl
 from scmini.stages import reward as stage
 from scmini.store import Work
 from scmini.training import reward_model as training
+from scmini_kernels import PrefixTree
 
 WORDS = [
     "the",
@@ -337,3 +339,44 @@ def test_stage_grades_the_demo_by_its_program(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "g" / "generations.jsonl", [])
     with pytest.raises(DataError, match="no answer to grade"):
         stage.run(Config(methods=["sft"]), {"generate": tmp_path / "g"}, work)
+
+
+def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller rows, then single answers; the same rewards, and equal ones for equal answers."""
+    tokenizer, rng = make_tokenizer(), random.Random(7)
+    questions = [
+        ([{"role": "user", "content": text(rng)}], [*answers, answers[0]])
+        for answers in ([text(rng), text(rng)] for _ in range(6))
+    ]
+    expected = judge(tokenizer).score_all(questions)
+    original, said = RewardModel._rewards, []
+    monkeypatch.setattr(console, "warn", said.append)
+
+    def room(most: int) -> None:
+        def tight(self: RewardModel, groups: list[list[list[int]]]) -> list[float]:
+            if sum(map(PrefixTree.count_tokens, groups)) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(self, groups)
+
+        monkeypatch.setattr(RewardModel, "_rewards", tight)
+
+    longest = max(
+        len(ids)
+        for prompt, answers in questions
+        for ids in judge(tokenizer)._sequences(prompt, answers)
+    )
+    for most in (40, longest):
+        room(most)
+        model = judge(tokenizer)
+        found = model.score_all(questions)
+        for rewards, twins in zip(found, expected, strict=True):
+            assert rewards == pytest.approx(twins, abs=1e-4)
+            assert rewards[0] == rewards[2]
+        assert (model.knob.lowered_to or 99) < 60
+        before = len(said)
+        model.score_all(questions[:1])
+        assert len(said) == before or most == longest, "the knob stays lowered"
+    assert said[0].startswith("out of GPU memory while grading: reward.tokens_per_microbatch 60")
+    room(longest - 1)
+    with pytest.raises(DoesNotFit, match=f"while grading: {longest} tokens of one sequence alone"):
+        judge(tokenizer).score_all(questions)

@@ -1,6 +1,6 @@
 """The store: a folder that exists is complete, whatever happens while it is made."""
 
-import errno
+import json
 import os
 import signal
 import subprocess
@@ -8,12 +8,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from scmini import store as store_module
-from scmini.errors import EnvironmentProblem, StoreBusy, StoreDamaged
+from scmini.errors import StoreBusy, StoreDamaged
 from scmini.locks import is_locked, locked
 from scmini.store import Finished, Recipe, Store, digest_of, explain, write_atomic
 
@@ -312,42 +311,27 @@ def test_a_damaged_manifest(tmp_path: Path, text: str) -> None:
     with pytest.raises(StoreDamaged, match=r"manifest\.json: damaged"):
         store.find(RECIPE)
     (found.path / "manifest.json").unlink()
-    with pytest.raises(StoreDamaged, match=r"manifest\.json: missing"):
+    with pytest.raises(StoreDamaged, match=r"manifest\.json: missing; scmini repair"):
+        store.find(RECIPE)
+    (found.path / "manifest.json").mkdir()
+    with pytest.raises(StoreDamaged, match=r"manifest\.json: cannot be read .* scmini repair"):
         store.find(RECIPE)
 
 
-@pytest.mark.parametrize("where", ["body", "commit", "library"])
-def test_a_full_disk(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("files", value) for value in ([], None, {"a.txt": 3}, {"a.txt": {"bytes": "x"}})),
+        *(("recipe", []), ("seconds", "soon"), ("seconds", None)),
+    ],
+)
+def test_a_manifest_of_another_shape(tmp_path: Path, key: str, value: Any) -> None:
     store = Store(tmp_path)
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(EnvironmentProblem, match="disk is full"), store.building(RECIPE) as work:  # noqa: PT012
-        assert work is not None
-        (work.path / "shard").write_text("kept")
-        if where == "body":
-            raise full
-        if where == "library":
-            raise RuntimeError("SafetensorError: No space left on device (os error 28)")
-
-        def fail(path: Path) -> None:
-            raise full
-
-        monkeypatch.setattr(store_module, "sha256_of", fail)
-    monkeypatch.undo()
-    with store.building(RECIPE) as work:
-        assert work is not None
-        assert (work.path / "shard").read_text() == "kept"
-
-
-@pytest.mark.parametrize("free", [0, 1 << 40])
-def test_torch_on_a_full_disk(tmp_path: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.save does not say why its file is too short."""
-    error = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-    monkeypatch.setattr(
-        store_module.shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=free)
-    )
-    expected = EnvironmentProblem if free == 0 else RuntimeError
-    with pytest.raises(expected), store_module.disk_full_is_said(tmp_path):
-        raise error
+    found = build(store)
+    path = found.path / "manifest.json"
+    path.write_text(json.dumps({**found.manifest, key: value}))
+    with pytest.raises(StoreDamaged, match=r"manifest\.json: damaged; scmini repair"):
+        store.find(RECIPE)
 
 
 def test_differences_are_explained_field_by_field() -> None:

@@ -27,11 +27,11 @@ from scmini.errors import ScminiError
 from scmini.models import loading
 from scmini.sections import TrainingConfig
 from scmini.training import checkpoints, trainer
-from scmini.training.batches import Group
+from scmini.training.batches import Group, cut
 from scmini.training.losses import PreferenceObjective, SFTObjective
 from scmini.training.scoring import check_start, score
 from scmini.training.steps import Steps
-from scmini.training.trainer import TreeModule, TreeTrainer
+from scmini.training.tree_trainer import TreeModule, TreeTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [1, 5, 2, 3]
@@ -104,7 +104,6 @@ def test_parts_meet_the_same_dropout_twice(tmp_path: Path) -> None:
 
 
 def test_knob_really_cuts() -> None:
-    cut = trainer.cut
     assert any(batch.parts for batch in cut(response_groups(SIZES), PIECES))
     assert len(cut(response_groups(SIZES), 60)) > 1
     assert len(cut(response_groups(SIZES), WHOLE)) == 1
@@ -209,7 +208,7 @@ def test_interrupted_run_ends_the_same(
     assert steps_made == [4, 5]
     assert _product(tmp_path / "torn") == _product(tmp_path / "whole")
     assert _losses(tmp_path / "torn") == _losses(tmp_path / "whole")
-    assert [row["step"] for row in _losses(tmp_path / "whole")] == [2, 3, 4, 6]
+    assert [row["step"] for row in _losses(tmp_path / "whole")] == [3, 6]
     # Killed after the last checkpoint but before the product.
     product = _product(tmp_path / "torn")
     for path in (tmp_path / "torn" / "product").iterdir():
@@ -231,15 +230,26 @@ def test_killed_while_writing_a_checkpoint(tmp_path: Path) -> None:
     assert _losses(tmp_path / "torn") == _losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("objective", ["dpo", "base"])
-def test_two_processes_train_the_same_model(objective: str, tmp_path: Path) -> None:
-    """torchrun with gloo; the processes make different numbers of forward passes."""
-    train_process.run(tmp_path / "one", objective, PIECES)
-    both = _process(tmp_path / "two", objective, PIECES, processes=2)
+def test_terminated_in_a_step(tmp_path: Path) -> None:
+    """SIGTERM in step 4, behind checkpoint-2 and the row of step 3, with dropout."""
+    train_process.run(tmp_path / "whole", "sft", PIECES)
+    stopped = _process(tmp_path / "torn", "sft", PIECES, "term-3")
+    assert stopped.returncode == -15, stopped.stderr
+    assert [p.name for p in (tmp_path / "torn").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [row["step"] for row in _losses(tmp_path / "torn")] == [3]
+    train_process.run(tmp_path / "torn", "sft", PIECES)
+    assert _product(tmp_path / "torn") == _product(tmp_path / "whole")
+    assert _losses(tmp_path / "torn") == _losses(tmp_path / "whole")
+
+
+def test_two_processes_train_the_same_whole_model(tmp_path: Path) -> None:
+    """torchrun with gloo; every weight is trained. (Adapters: test_pressure.py.)"""
+    train_process.run(tmp_path / "one", "base", PIECES)
+    both = _process(tmp_path / "two", "base", PIECES, processes=2)
     assert both.returncode == 0, both.stderr[-3000:]
-    name = "model.safetensors" if objective == "base" else "adapter_model.safetensors"
-    one = load_file(tmp_path / "one" / "product" / name)
-    two = load_file(tmp_path / "two" / "product" / name)
+    one, two = (
+        load_file(tmp_path / name / "product" / "model.safetensors") for name in ("one", "two")
+    )
     assert set(one) == set(two)
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)

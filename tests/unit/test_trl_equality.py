@@ -10,7 +10,7 @@ from training_helpers import gradients, random_ids, tiny_model, with_lora
 from scmini.training.batches import Group
 from scmini.training.losses import PreferenceObjective
 from scmini.training.scoring import score
-from scmini.training.trainer import TreeModule
+from scmini.training.tree_trainer import TreeModule
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

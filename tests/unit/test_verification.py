@@ -13,7 +13,7 @@ from training_helpers import write_model
 from scmini.errors import ScminiError
 from scmini.models import attention
 from scmini.models.attention import plain_model
-from scmini.training import trainer
+from scmini.training import tree_trainer
 from scmini.verification import checks, model, separate, session
 from scmini.verification.checks import Check, Finding, Row
 from scmini.verification.kernels import ATTENTION, HEAD, kernel_checks
@@ -147,7 +147,7 @@ def test_a_wrong_model_fails(subject: torch.nn.Module, monkeypatch: pytest.Monke
 def test_wrong_parts_fail(subject: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part with the loss of its own sequences alone: the coupling is lost."""
 
-    def backward(self: Any, model: Any, batch: Any, scale: float, last: bool) -> torch.Tensor:
+    def backward(self: Any, model: Any, batch: Any, scale: float) -> torch.Tensor:
         total = torch.zeros(())
         for tree in batch.part_trees():
             loss = -model(tree).sum() * 0.05
@@ -155,7 +155,7 @@ def test_wrong_parts_fail(subject: torch.nn.Module, monkeypatch: pytest.MonkeyPa
             total = total + loss.detach()
         return total
 
-    monkeypatch.setattr(trainer.TreeTrainer, "_backward_parts", backward)
+    monkeypatch.setattr(tree_trainer.TreeTrainer, "_backward_parts", backward)
     rows = model_rows(subject)
     bad = [name for name, row in rows.items() if row.passed is False]
     assert len(bad) == 2

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmini import watching
+from scmini.console import clean
+from scmini.view import watching
+from scmini.view.running import Running
 
 STATES = ("done", "stale", "missing", "running", "failed")
 
@@ -63,9 +65,25 @@ def test_on_a_terminal_the_whole_table_stays(capsys: Any, monkeypatch: pytest.Mo
     assert capsys.readouterr().out.endswith(f"{render(last)}\n21 of 21 done\n")
 
 
+def test_on_a_terminal_what_runs_is_below(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = Running("dpo spin", 60.0, 3, 8, "steps", 0.5, 10.0, whole="about 12 min left")
+    looks = iter([status("done", "running"), status("done", "done")])
+    told = iter([runs, None])
+    watching.watch(
+        lambda: next(looks), render, running=lambda: next(told), live=True, pause=lambda _: None
+    )
+    out = clean(capsys.readouterr().out)
+    assert "  dpo spin  1:00" in out
+    assert "37 %  3/8 steps  10.0 s left" in out
+    assert "  the whole run: about 12 min left" in out
+    assert out.endswith("2 of 2 done\n")
+
+
 def test_nobody_reads_any_more() -> None:
     script = (
-        "from scmini import watching\n"
+        "from scmini.view import watching\n"
         "states = iter([['missing'], ['running'], ['missing']] * 1000)\n"
         "look = lambda: {'stages': [{'name': 'a', 'method': None, 'state': next(states)[0]}]}\n"
         "watching.watch(look, lambda found: 'x' * 70000, live=False, pause=lambda _: None)\n"

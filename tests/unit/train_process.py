@@ -1,12 +1,13 @@
 """A process that trains a tiny model: killed at a step, or one of several. Run by test_training.py.
 
-python train_process.py OUT OBJECTIVE KNOB [KILL_AFTER_STEP]
+python train_process.py OUT OBJECTIVE KNOB [KILL_AFTER_STEP | term-STEP]
 """
 
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,6 +18,7 @@ from scmini.sections import TrainingConfig
 from scmini.training import checkpoints
 from scmini.training.losses import PreferenceObjective, SFTObjective
 from scmini.training.trainer import train
+from scmini.training.tree_trainer import TreeTrainer
 
 CONFIG = {"prompts_per_step": 3, "num_train_epochs": 2, "save_steps": 2, "logging_steps": 3}
 SEED = 3
@@ -53,7 +55,22 @@ def kill_after(step: int) -> None:
     checkpoints.publish = publish
 
 
+def terminate_in(step: int) -> None:
+    """SIGTERM between two micro-batches of a step (counted from 0)."""
+    original = TreeTrainer._backward_whole
+
+    def backward(self: TreeTrainer, *arguments: Any) -> torch.Tensor:
+        loss = original(self, *arguments)
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    TreeTrainer._backward_whole = backward  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 4:
+    if sys.argv[4:] and sys.argv[4].startswith("term-"):
+        terminate_in(int(sys.argv[4].removeprefix("term-")))
+    elif sys.argv[4:]:
         kill_after(int(sys.argv[4]))
     run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

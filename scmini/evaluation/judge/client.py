@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from scmini import console
 from scmini.errors import ConfigError, EnvironmentProblem, ServiceError
@@ -34,6 +34,7 @@ from scmini.evaluation.judge.reply import (
     as_number,
     read_reply,
 )
+from scmini.quoting import plain
 from scmini.records import Message
 
 _ANSWER_BYTES = 1 << 24
@@ -145,7 +146,7 @@ class Endpoint:
 
     def _refused(self, status: int, headers: Mapping[str, str], text: str, model: str) -> Reply:
         error = _error(text)
-        detail = str(error.get("message") or "").strip()[:_LONGEST_DETAIL]
+        detail = plain(error.get("message") or "", _LONGEST_DETAIL)
         if status in (408, 409, 425, 429) or status >= 500:
             if error.get("code") == "insufficient_quota":
                 raise ServiceError(
@@ -188,8 +189,15 @@ class Endpoint:
         text = raw.decode("utf-8", errors="backslashreplace")
         for secret in (self._key, urlsplit(self._url).query):
             if len(secret) >= _SHORTEST_SECRET:
-                text = text.replace(secret, "***")
+                for written in _spellings(secret):
+                    text = text.replace(written, "***")
         return text
+
+
+def _spellings(secret: str) -> list[str]:
+    """A key as JSON and addresses write it, the longest first."""
+    found = {secret, json.dumps(secret)[1:-1], secret.replace("/", "\\/"), quote(secret, safe="")}
+    return sorted(found, key=len, reverse=True)
 
 
 def _address(base_url: str) -> tuple[str, str]:

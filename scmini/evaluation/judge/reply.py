@@ -56,7 +56,7 @@ def read_reply(text: str) -> Reply:
     top, tokens = _top_logprobs(choice.get("logprobs")), _tokens(data.get("usage"))
     finish = choice.get("finish_reason")
     if finish == "content_filter" or (isinstance(refusal, str) and refusal.strip()):
-        return Reply(REFUSED, said or str(refusal or ""), top, tokens)
+        return Reply(REFUSED, said or _content(refusal), top, tokens)
     if finish == "length":
         return Reply(CUT, said, top, tokens)
     return Reply(ANSWERED if said.strip() else EMPTY, said, top, tokens)

@@ -98,18 +98,24 @@ def panels_figure(rows: Rows, shown: Sequence[Panel]) -> Figure:
 
 
 def curve_figure(
-    curves: Mapping[str, Sequence[tuple[float, float]]], limits: Mapping[str, tuple[float, float]]
+    method: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    limits: Mapping[str, tuple[float, float]],
 ) -> Figure:
     """Training curves of one method, one small plot above another.
 
     Args:
+        method: the title.
         curves: name of the quantity -> (step, value) points in order.
         limits: range of the y axis by name, so that pictures of several methods compare.
     """
     with style():
-        figure = Figure(figsize=(2.4, 0.4 + 1.25 * len(curves)), layout="constrained")
+        figure = Figure(figsize=(2.4, 0.6 + 1.25 * len(curves)), layout="constrained")
+        figure.suptitle(method, fontsize=9.5, fontweight="bold")
         stacked = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (name, points), colour in zip(stacked, curves.items(), (BLUE, RED), strict=False):
+        for axes, (name, points), colour in zip(
+            stacked, curves.items(), (BLUE, RED, GREEN, PURPLE), strict=False
+        ):
             steps, values = zip(*points, strict=True)
             marker = "." if len(steps) < 3 else ""
             axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker)
@@ -119,6 +125,7 @@ def curve_figure(
             axes.yaxis.set_major_locator(MaxNLocator(4))
         stacked[-1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         stacked[-1].set_xlabel("step")
+        figure.align_ylabels()
     return figure
 
 

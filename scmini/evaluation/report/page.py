@@ -1,13 +1,14 @@
 """index.html: one self-contained page out of results, pictures and examples.
 
-Nothing on it is fetched from elsewhere and nothing runs: styles are inline, pictures are data URIs
-and a content policy forbids the rest. Text that a model wrote is escaped and its control characters
-are spelled out.
+Nothing on it is fetched from elsewhere: styles are inline, pictures are data URIs, and a content
+policy lets run one script alone, by its digest: the browser of prompts. Text that a model wrote is
+escaped and its control characters are spelled out.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import jinja2
 
 from scmini.data.selection import REASONS
-from scmini.evaluation.report.run_data import Candidate, Contrast
+from scmini.evaluation.report.training_prompts import Answer, TrainingPrompt, of_every_reason
 from scmini.evaluation.report.wording import MISSING, Unit, number
 from scmini.records import Generation, Message, Reward
 
@@ -23,6 +24,10 @@ Cell = tuple[str, str]
 """What a cell of a table says, and what stands below it in small."""
 MAX_CHARS = 1200
 """Longer texts are cut on the page, saying so."""
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -36,13 +41,23 @@ def render(view: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
-    return environment.get_template("index.html.j2").render(view) + "\n"
+    style, script = (
+        environment.get_template(f"{n}.j2").render() for n in ("style.css", "browser.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{_POLICY}; script-src 'sha256-{digest}'"
+    shown = environment.get_template("index.html.j2").render(
+        view, style=style, script=script, policy=policy
+    )
+    return shown + "\n"
 
 
-def visible(text: str) -> str:
+def visible(text: str, limit: int = MAX_CHARS) -> str:
     """Model text safe to read: control and direction characters spelled out, long texts cut."""
-    shown = "".join(_visible_character(c) for c in text[:MAX_CHARS])
-    more = len(text) - MAX_CHARS
+    shown = text[:limit].replace("\r\n", "\n")
+    if not (shown.isascii() and shown.isprintable()):
+        shown = "".join(_visible_character(c) for c in shown)
+    more = len(text) - limit
     return shown if more <= 0 else f"{shown} [... {more:,} more characters]"
 
 
@@ -141,32 +156,40 @@ def _grade(reward: Reward, unit: Unit) -> dict[str, str]:
     return {"grade": f"{unit.number(reward.reward)} · {outcome}", "outcome": outcome}
 
 
-def contrast_cards(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
-    """Training prompts with target, negatives, and dropped answers with the reason of each."""
-    return [
-        {
-            "prompt": conversation(contrast.prompt),
-            "target": contrast.target,
-            "sides": [
-                (
-                    f"taken as negatives: {contrast.num_kept} of {contrast.num_candidates} "
-                    "candidates",
-                    [_answer(candidate, "similarity") for candidate in contrast.kept],
-                ),
-                (
-                    f"dropped: {contrast.num_dropped} of "
-                    f"{contrast.num_dropped + contrast.num_candidates} answers",
-                    [_answer(candidate, candidate.reason) for candidate in contrast.dropped],
-                ),
-            ],
-        }
-        for contrast in contrasts
-    ]
+def contrast_cards(
+    prompts: Sequence[TrainingPrompt], method: str, most: int, *, filtered: bool
+) -> list[dict[str, Any]]:
+    """Training prompts with target, negatives, and dropped answers with the reason of each.
+
+    Args:
+        method: whose negatives are shown.
+        most: negatives, and dropped answers, of each prompt.
+        filtered: the method takes none but candidates.
+    """
+    cards = []
+    for prompt in prompts:
+        taken = [prompt.answers[index] for index in prompt.taken[method]]
+        sampled, candidates = prompt.num_answers, prompt.num_candidates
+        kept = f"taken as negatives: {len(taken)}"
+        kept += f" of {candidates} candidates" if filtered else ""
+        dropped = f"dropped: {sampled - candidates} of {sampled} answers"
+        reasons = of_every_reason(prompt.answers[:sampled])[:most]
+        cards.append(
+            {
+                "prompt": conversation(prompt.prompt),
+                "target": prompt.target,
+                "sides": [
+                    (kept, [_answer(answer, "similarity") for answer in taken[:most]]),
+                    *([(dropped, [_answer(a, a.reason) for a in reasons])] if reasons else []),
+                ],
+            }
+        )
+    return cards
 
 
-def _answer(candidate: Candidate, label: str | None) -> dict[str, str | None]:
-    text = candidate.text if candidate.text.strip() else "(nothing)"
-    return {"label": label, "text": text, "similarity": _decimal(candidate.similarity, 2)}
+def _answer(answer: Answer, label: str | None) -> dict[str, str | None]:
+    text = answer.text if answer.text.strip() else "(nothing)"
+    return {"label": label, "text": text, "similarity": _decimal(answer.similarity, 2)}
 
 
 def rule_table(rules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -187,15 +210,53 @@ def _of(count: int, rule: Mapping[str, Any]) -> tuple[str, str]:
     return (f"{count:,}", percent(count / rule["answers"])) if count else (MISSING, "")
 
 
-def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Time and memory of every stage."""
+def stage_table(
+    stages: Mapping[str, Mapping[str, Any]], planned: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Time and memory of every stage, beside what was planned where there is a plan.
+
+    Args:
+        stages: by stage or stage:method, {"seconds", "peak_gib"}.
+        planned: the same of a plan; what it does not know is None or missing.
+
+    Returns:
+        heads; rows of the stages with all their methods (times added, the highest peak); and in
+        `every` the rows of the methods, empty where no stage has several. A row is its name, a
+        small text and its cells.
+    """
+    of_stage: dict[str, list[str]] = {}
+    for name in stages:
+        of_stage.setdefault(name.partition(":")[0], []).append(name)
+    rows = []
+    for stage, names in of_stage.items():
+        small = f"{len(names)} methods" if len(names) > 1 else ""
+        rows.append((stage, small, _costs(names, stages, planned)))
+    every = [(name, "", _costs([name], stages, planned)) for name in stages]
+    heads = ["Time planned", "Time used", "Peak memory planned, GiB", "Peak memory used, GiB"]
+    return {
+        "heads": heads if planned else ["Time", "Peak memory, GiB"],
+        "rows": rows,
+        "every": every if len(every) > len(rows) else [],
+    }
+
+
+def _costs(
+    names: Sequence[str],
+    stages: Mapping[str, Mapping[str, Any]],
+    planned: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
+    """Cells of some stages together: of what is not known of all of them nothing is said."""
+    sources = (planned, stages) if planned else (stages,)
+
+    def values(source: Mapping[str, Mapping[str, Any]], key: str) -> list[float]:
+        found = [source.get(name, {}).get(key) for name in names]
+        return [] if None in found else [float(value) for value in found if value is not None]
+
+    times = [values(source, "seconds") for source in sources]
+    peaks = [values(source, "peak_gib") for source in sources]
     return [
-        {
-            "name": name,
-            "time": duration(row["seconds"]),
-            "peak": _decimal(row["peak_gib"], 2),
-        }
-        for name, row in stages.items()
+        *(duration(sum(each)) if each else MISSING for each in times),
+        *(number(max(each), 2) if each else MISSING for each in peaks),
     ]
 
 
@@ -206,10 +267,8 @@ def conversation(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """12.3 s, 4 min 05 s, 2 h 07 min."""
-    if seconds is None:
-        return MISSING
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

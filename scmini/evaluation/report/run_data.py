@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from scmini.config import Config, is_trained_by_dpo, spin_iterations
 from scmini.data import zoo
-from scmini.data.answers import read_answers
 from scmini.data.negatives import FILTERED, SPIN, UNFILTERED
-from scmini.data.selection import REASONS, SIMILAR
+from scmini.data.selection import SIMILAR
 from scmini.errors import DataError, RecordError, StoreDamaged
 from scmini.evaluation.win_rate import PERFECT
 from scmini.records import (
@@ -48,29 +47,6 @@ RULE_NAMES = {
     SPIN: "spin",
 }
 """The rules of the filter, by the methods that use them."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A sampled answer with its cosine similarity to the target."""
-
-    text: str
-    similarity: float
-    reason: str | None = None
-    """Why it is no candidate (`scmini.data.selection.REASONS`)."""
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A training prompt with its target: answers taken as negatives, and some of those dropped."""
-
-    prompt: list[Message]
-    target: str
-    kept: list[Candidate]
-    dropped: list[Candidate]
-    num_kept: int
-    num_candidates: int
-    num_dropped: int
 
 
 @dataclass(frozen=True)
@@ -217,9 +193,9 @@ def similarities(taken: Mapping[str, Sequence[int]], inputs: Inputs) -> Similari
     """
     counts = {kind: np.zeros(len(BINS) - 1, np.int64) for kind in ("taken", "spared", "dropped")}
     cuts = []
-    for _, shard in _similarity_shards(inputs):
+    for path in sorted((inputs["filter"] / "similarity").glob("part-*.parquet")):
         found: dict[str, list[float]] = {kind: [] for kind in counts}
-        for id, values, reasons in shard:
+        for id, values, reasons in similarity_rows(path):
             if id in taken:
                 chosen = set(taken[id])
                 for index, (value, reason) in enumerate(zip(values, reasons, strict=True)):
@@ -241,63 +217,11 @@ def _cut(values: Sequence[float], reasons: Sequence[str | None]) -> float | None
     return None if below is None or above is None else (below + above) / 2
 
 
-def _similarity_shards(
-    inputs: Inputs,
-) -> Iterator[tuple[str, list[tuple[str, list[float], list[str | None]]]]]:
-    """By shard its name, and id, similarities and reasons of each of its prompts."""
-    for path in sorted((inputs["filter"] / "similarity").glob("part-*.parquet")):
-        table = read_table(path)
-        columns = (table.column(name).to_pylist() for name in ("id", "similarity", "dropped"))
-        yield path.name, list(zip(*columns, strict=True))
-
-
-def contrasts(
-    method: str, ids: Sequence[str], config: Config, inputs: Inputs, *, answers: int
-) -> list[Contrast]:
-    """Training prompts to look at.
-
-    Args:
-        method: whose negatives are shown.
-        ids: of the prompts, in the order of its pairs.
-        answers: most negatives, and most dropped answers, of each.
-    """
-    rows: dict[str, tuple[list[float], list[str | None]]] = {}
-    texts: dict[str, list[str]] = {}
-    for name, shard in _similarity_shards(inputs):
-        wanted = {id: (values, reasons) for id, values, reasons in shard if id in ids}
-        if wanted:  # the answers lie in a shard of the same name
-            rows |= wanted
-            texts |= {row.id: row.texts for row in read_answers(inputs["sample"] / name)}
-    found = []
-    for pair in trained_pairs(method, config, inputs):
-        if pair.id not in ids:
-            continue
-        values, reasons = rows[pair.id]
-        kept = [Candidate(*item) for item in zip(pair.rejected, pair.similarity, strict=True)]
-        dropped = [Candidate(*x) for x in zip(texts[pair.id], values, reasons, strict=True) if x[2]]
-        found.append(
-            Contrast(
-                pair.prompt,
-                pair.chosen,
-                kept[:answers],
-                _of_every_kind(dropped)[:answers],
-                num_kept=len(kept),
-                num_candidates=len(reasons) - len(dropped),
-                num_dropped=len(dropped),
-            )
-        )
-    return found
-
-
-def _of_every_kind(dropped: Sequence[Candidate]) -> list[Candidate]:
-    """One of each reason in turn, most similar first; no text twice for the same reason."""
-    by_reason: dict[str | None, list[Candidate]] = {reason: [] for reason in reversed(REASONS)}
-    for answer in sorted(dropped, key=lambda answer: -answer.similarity):
-        seen = by_reason[answer.reason]
-        if answer.text.strip() not in {other.text.strip() for other in seen}:
-            seen.append(answer)
-    rounds = zip_longest(*by_reason.values())
-    return [answer for one_of_each in rounds for answer in one_of_each if answer is not None]
+def similarity_rows(path: Path) -> list[tuple[str, list[float], list[str | None]]]:
+    """Of a shard of the filter: id, and similarities and reasons of the answers to each prompt."""
+    table = read_table(path)
+    columns = (table.column(name).to_pylist() for name in ("id", "similarity", "dropped"))
+    return list(zip(*columns, strict=True))
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -11,15 +11,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from scmini.config import Config
 from scmini.config_file import config_to_yaml
 from scmini.evaluation.benchmarks import results as benchmark_results
-from scmini.evaluation.report import figures, page, run_data, wording
+from scmini.evaluation.report import browser, figures, page, run_data, wording
 from scmini.evaluation.report.folded_axis import is_folded
+from scmini.evaluation.report.pictures import Pictures, SimilarityPicture
+from scmini.evaluation.report.training_prompts import paired_methods, training_prompts
 from scmini.evaluation.win_rate import Comparison, compare
 from scmini.records import Generation, Reward
 
-CURVES = {"loss": "loss", "rewards/margins": "margin"}
+FEWEST_FOR_INTERVALS = 10
+"""Test prompts. A bootstrap over fewer says next to nothing, and no interval is shown."""
 SHOWN_ANSWERS, SHOWN_PROMPTS, SHOWN_CANDIDATES = 6, 4, 4
 
 Inputs = Mapping[str, Path]
@@ -34,35 +39,67 @@ def page_view(
     results: Mapping[str, Any],
     rewards: Rewards,
     generations: Generations,
+    pictures: Pictures,
 ) -> dict[str, Any]:
     """Everything that the page's template names."""
-    rows, unit = results["methods"], wording.unit_of(config.grader)
+    rows, unit = drawable(results["methods"]), wording.unit_of(config.grader)
     main = wording.main_method(rows)
-    num_prompts = rows[main]["n"]
+    answered, answer_data = answers(config, rewards, generations, main)
+    prompted, prompt_data = prompts(config, inputs)
     panels = figures.panels(unit.scale) if rewards else [figures.LENGTH]
-    return {
+    made = {
         "name": config.name,
         "graded": bool(rewards),
         "unit": unit.range,
-        **statements(config, rows, rewards),
+        **statements(config, results["methods"], rewards),
         "facts": facts(config, results, inputs),
         "figure": drawn(rows, panels),
-        "num_prompts": num_prompts,
+        "num_prompts": rows[main]["n"],
+        "has_intervals": rows[main]["n"] >= FEWEST_FOR_INTERVALS,
         "table": page.method_table(rows, unit, main),
         "benchmarks": benchmarks(config, rows, main),
-        "curves": curve_pictures(config, inputs),
-        **negatives(config, inputs),
+        "curves": curve_views(pictures.curves),
+        "has_drift": pictures.has_drift,
+        **negatives(inputs, pictures.similarity),
         "embedding_note": embedding_note(config, inputs),
-        "answers": page.answer_cards(
-            generations, rewards, run_data.evenly(range(num_prompts), SHOWN_ANSWERS), unit
-        ),
-        "stages": page.stage_rows(results["stages"]),
+        **answered,
+        **prompted,
+        "stages": page.stage_table(results["stages"], results["plan"].get("stages", {})),
         "cost_note": cost_note(results) + judging_note(inputs),
         "config_yaml": config_to_yaml(config.to_show()),
         "versions": results["versions"],
         "versions_yaml": json.dumps(
             {**results["versions"], **results["device"]}, indent=1, ensure_ascii=False
         ),
+        "islands": answer_data | prompt_data,
+    }
+    return {**made, "contents": contents(made)}
+
+
+def contents(view: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Sections that the page has: anchor and title."""
+    every = {
+        "figure": ("Results", True),
+        "benchmarks": ("Benchmarks", view["benchmarks"]),
+        "limits": ("What this shows", True),
+        "training": ("Training", view["curves"]),
+        "similarity": ("Negatives", view["rule_table"] or view["similarity"]),
+        "cost": ("Time and memory", True),
+        "answers": ("Test prompts", True),
+        "prompts": ("Training prompts", view["contrasts"]),
+        "configuration": ("Configuration", True),
+    }
+    return [(anchor, title) for anchor, (title, is_there) in every.items() if is_there]
+
+
+def drawable(rows: wording.Rows) -> dict[str, dict[str, Any]]:
+    """The rows as they are drawn: from a handful of prompts without intervals."""
+    return {
+        name: {
+            key: None if key.endswith("_ci95") and row["n"] < FEWEST_FOR_INTERVALS else value
+            for key, value in row.items()
+        }
+        for name, row in rows.items()
     }
 
 
@@ -172,62 +209,71 @@ def _reward_model_accuracy(inputs: Inputs) -> str:
     return f" (right on {100 * notes['reward_model_accuracy']:.0f} % of {pairs} held-out pairs)"
 
 
-def curve_pictures(config: Config, inputs: Inputs) -> list[dict[str, str]]:
-    """Small multiples: loss and margin of every trained method."""
-    curves = {}
-    for method in config.methods:
-        if not method.startswith("sft-temperature-"):
-            found = run_data.read_curves(inputs[f"train:{method}"], CURVES)
-            curves.update({method: found} if found else {})
-    limits: dict[bool, dict[str, tuple[float, float]]] = {True: {}, False: {}}
-    for found in curves.values():  # SFT's loss is another quantity than DPO's
-        mine = limits["margin" in found]
-        for name, points in found.items():
-            values = [value for _, value in points] + list(mine.get(name, ()))
-            mine[name] = min(values), max(values)
+def curve_views(curves: Mapping[str, Figure]) -> list[dict[str, str]]:
+    """Pictures of training, by method."""
     return [
-        {
-            "method": method,
-            "uri": page.svg_uri(
-                figures.to_svg(figures.curve_figure(found, limits["margin" in found]), method)
-            ),
-        }
-        for method, found in curves.items()
+        {"method": method, "uri": page.svg_uri(figures.to_svg(figure, method))}
+        for method, figure in curves.items()
     ]
 
 
-def negatives(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """What became of the answers: a table, a histogram, some prompts with kept and dropped ones."""
+def negatives(inputs: Inputs, picture: SimilarityPicture | None) -> dict[str, Any]:
+    """What became of the sampled answers: a table and a histogram."""
     rules = run_data.read_rules(inputs)
-    table = page.rule_table(rules) if rules else None
-    ours = wording.by_k(config.methods)
-    pairs = run_data.trained_pairs(ours[-1], config, inputs) if ours else ()
-    taken = {pair.id: pair.response_index for pair in pairs}
-    if not taken:
-        return {"rule_table": table, "similarity": None, "contrasts": []}
-    found = run_data.similarities(taken, inputs)
-    limits = {key: getattr(config.filter, key) for key in ("min_similarity", "max_similarity")}
-    picture = figures.similarity_figure(
-        run_data.BINS.tolist(),
-        {
-            "taken as negatives": found.taken.tolist(),
-            "candidates, not drawn": found.spared.tolist(),
-            "dropped": found.dropped.tolist(),
-        },
-        found.cut,
-        [(key, value) for key, value in limits.items() if value is not None],
+    shown = None
+    if picture is not None:
+        uri = page.svg_uri(figures.to_svg(picture.figure, "similarity"))
+        shown = {"uri": uri, "method": picture.method, "has_cut": picture.has_cut}
+    return {"rule_table": page.rule_table(rules) if rules else None, "similarity": shown}
+
+
+def answers(
+    config: Config, rewards: Rewards, generations: Generations, main: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Test prompts: some as cards, and as many as fit as data of the browser."""
+    unit = wording.unit_of(config.grader)
+    found = browser.answer_rows(generations, rewards, unit, main)
+    shown, total, extreme = len(found["rows"]), found["total"], found.pop("extreme")
+    note = f"All {total:,} prompts of the test set are here."
+    if shown < total:
+        note = (
+            f"{shown:,} of {total:,} prompts; all of them are in generations/*.jsonl. "
+            f"{shown - extreme:,} are spread evenly over the test set"
+        )
+        note += ", the others are those where some method is furthest from the target" * bool(
+            extreme
+        )
+        note += "."
+    some = run_data.evenly(range(total), SHOWN_ANSWERS)
+    cards = page.answer_cards(generations, rewards, some, unit)
+    return {"answers": cards, "answers_note": note}, {"answers": browser.island(found)}
+
+
+def prompts(config: Config, inputs: Inputs) -> tuple[dict[str, Any], dict[str, str]]:
+    """Training prompts with kept and dropped answers: some as cards, more as data."""
+    methods = paired_methods(config)
+    ids: list[str] = []
+    if methods and "filter" in inputs:
+        ids = [pair.id for pair in run_data.trained_pairs(methods[0], config, inputs)]
+    if not ids:
+        return {"contrasts": [], "training_note": ""}, {}
+    order, some = browser.training_order(ids), run_data.evenly(ids, SHOWN_PROMPTS)
+    found = training_prompts({*order, *some}, methods, config, inputs)
+    data = browser.training_rows(found, order, len(ids))
+    shown = len(data["rows"])
+    note = f"All {shown:,} prompts that {methods[0]} is trained on are here"
+    if shown < len(ids):
+        note = (
+            f"{shown:,} of the {len(ids):,} prompts that {methods[0]} is trained on, spread evenly"
+        )
+    note += "; pairs/*.jsonl and samples/ have everything."
+    cards = page.contrast_cards(
+        [prompt for prompt in found if prompt.id in some],
+        methods[0],
+        SHOWN_CANDIDATES,
+        filtered=browser.is_filtered(methods[0]),
     )
-    shown = run_data.evenly(list(taken), SHOWN_PROMPTS)
-    contrasts = run_data.contrasts(ours[-1], shown, config, inputs, answers=SHOWN_CANDIDATES)
-    return {
-        "rule_table": table,
-        "similarity": {
-            "uri": page.svg_uri(figures.to_svg(picture, "similarity")),
-            "method": ours[-1],
-            "has_cut": found.cut is not None,
-        },
-        "contrasts": page.contrast_cards(contrasts),
-    }
+    return {"contrasts": cards, "training_note": note}, {"training": browser.island(data)}
 
 
 def embedding_note(config: Config, inputs: Inputs) -> str:
@@ -243,14 +289,20 @@ def embedding_note(config: Config, inputs: Inputs) -> str:
 
 
 def cost_note(results: Mapping[str, Any]) -> str:
-    """Total time and the machine it was measured on."""
+    """Total time, the machine it was measured on, and the plan beside it or why there is none."""
     total = sum(stage["seconds"] for stage in results["stages"].values())
-    where = results["device"]
+    where, plan = results["device"], results["plan"]
     accelerator = f", {where['accelerator']}" if where["accelerator"] else ""
+    planned = f" There is no plan beside it: {plan.get('reason')}."
+    if plan.get("stages"):
+        planned = (
+            f" Planned for {plan['gpu']}, as `scmini plan` does it; planned peaks count what CUDA "
+            "itself takes, which the used ones leave out."
+        )
     return (
         f"{page.duration(total)} in all stages together, on {page.cores(where['cores'])} of "
         f"{where['processor']} with {where['memory_gib']} GiB of memory{accelerator}. A stage that "
-        "an earlier run had finished counts with the time it took then."
+        f"an earlier run had finished counts with the time it took then.{planned}"
     )
 
 

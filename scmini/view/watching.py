@@ -1,6 +1,7 @@
 """`scmini status --watch`: the table of a run again and again, until all of it is done.
 
-On a terminal one table is redrawn in place; elsewhere a block is printed for every change.
+On a terminal one table is redrawn in place, with the progress of what runs below it; elsewhere a
+block is printed for every change.
 """
 
 import contextlib
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from scmini.console import clean, mute
+from scmini.screen import Line, Screen, is_live
+from scmini.view.running import Running, task_lines
 
 Status = dict[str, Any]
-"""What `scmini.pipeline.status` returns."""
+"""What `scmini.run_status.status` returns."""
 _AROUND = 4
 """Lines of a screen that are no rows: heading, folded rows, summary, cursor."""
 
@@ -23,6 +26,7 @@ def watch(
     render: Callable[[Status], str],
     *,
     interval: float = 2.0,
+    running: Callable[[], Running | None] = lambda: None,
     live: bool | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> Status:
@@ -31,14 +35,15 @@ def watch(
     Args:
         look: takes the status; it is asked every `interval` seconds.
         render: the table of a status, one line for each stage below one line of heading.
+        running: what is known of the task that runs.
         live: redraw in place (default: whether stdout is a terminal).
 
     Returns:
         The last status seen.
     """
-    live = sys.stdout.isatty() if live is None else live
+    live = is_live(sys.stdout) if live is None else live
     found: Status = {"stages": []}
-    view = _Screen() if live else _Blocks()
+    view = _Table(running) if live else _Blocks()
     with view, contextlib.suppress(KeyboardInterrupt):
         while True:
             found = look()
@@ -93,35 +98,37 @@ class _Blocks:
         return True
 
 
-class _Screen:
+class _Table:
     """For a terminal: one table, redrawn in place, that never outgrows the screen."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Callable[[], Running | None]) -> None:
         from rich.console import Console
-        from rich.live import Live
 
-        self._console = Console()
-        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._screen = Screen(Console())
+        self._running = running
         self._whole = ""
 
-    def __enter__(self) -> "_Screen":
-        self._live.start()
+    def __enter__(self) -> "_Table":
         return self
 
     def __exit__(self, *_: object) -> None:
         """The whole table, as it was last, stays on the screen."""
-        self._live.stop()
+        self._screen.close(keep=False)
         if self._whole:
             print(self._whole, flush=True)
 
     def show(self, found: Status, render: Callable[[Status], str]) -> bool:
         """Redraw; a terminal is always read."""
-        from rich.text import Text
-
         self._whole = clean(f"{render(found)}\n{summary(found)}")
-        shown = "\n".join(fitting(found, render, self._console.height))
-        text = Text(clean(shown), no_wrap=True, overflow="ellipsis")
-        self._live.update(text, refresh=True)
+        width, height = self._screen.console.size
+        now = self._running()
+        below: list[Line] = [(), *task_lines(now, width, self._screen.glyphs)] if now else []
+        if now and now.whole:
+            below.append(((f"  the whole run: {now.whole}", ""),))
+        if len(below) + _AROUND >= height:
+            below = []
+        shown = fitting(found, render, height - len(below))
+        self._screen.draw([*(((clean(line), ""),) for line in shown), *below])
         return True
 
 
