@@ -315,6 +315,11 @@ def _print_results(report: Path) -> None:
         methods = json.loads((report / "results.json").read_bytes())["methods"]
     except FileNotFoundError:
         return
+    except (ValueError, KeyError, TypeError):
+        raise StoreDamaged(
+            f"{report / 'results.json'}: damaged; scmini repair -o "
+            f"{shlex.quote(str(report.parent))} sets it aside, and the next run makes it anew"
+        ) from None
     graded = any(row["win_rate"] is not None for row in methods.values())
     measured = dict.fromkeys(name for row in methods.values() for name in row["benchmarks"])
     head = ["method", *_GRADES] if graded else ["method"]

@@ -62,6 +62,8 @@ class RunFolder:
     def begin(self, config: Config, tasks: list[Task]) -> None:
         """Write the configuration, and drop the links of tasks that are no longer part of it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for job in self.path.glob(".job-*.json"):
+            job.unlink()  # of a run that was killed
         write_atomic(self.path / "config.yaml", config_to_yaml(config).encode())
         current = {task.key for task in tasks}
         for key in [key for key in self.record["stages"] if key not in current]:

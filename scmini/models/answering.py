@@ -3,6 +3,7 @@
     part-00000.parquet       a shard: so many prompts in the order of the file, written when all of
                              them are answered
     log/shard_size           as the folder was begun; a resume goes on with it
+    log/engine.json          facts about the engine
     scratch/answers.jsonl    answers to prompts of shards that are not full yet, as they come: a
                              checksum and a line of JSON each
 
@@ -67,10 +68,11 @@ def write_answers(
         raise DataError("there is no prompt to answer")
     scratch.mkdir(exist_ok=True)
     work = _Answering(plan, folder, scratch)
-    facts = scratch / "engine.json"
+    facts = folder / "log" / "engine.json"
     if work.num_left:
         engine = sampler(work.num_left)
         try:
+            _put_down(facts, engine.facts)  # now: a kill may leave nothing to do but this
             shards = work.questions(whole=engine.resumes_at == "shard")
             for answered in engine.stream(shards, plan.n, plan.seed):
                 work.take(answered)
@@ -79,9 +81,13 @@ def write_answers(
                 work.journal.sync()
             finally:  # on a full disk, too
                 engine.close()
-        write_atomic(facts, json.dumps(engine.facts).encode())
-        note_written(facts)
+        _put_down(facts, engine.facts)
     return dict(json.loads(facts.read_bytes())) if facts.exists() else {}
+
+
+def _put_down(path: Path, facts: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(facts).encode())
+    note_written(path)
 
 
 class _Answering:

@@ -88,7 +88,8 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
             files[file].append(name)
     except FileNotFoundError:
         raise DataError(
-            f"{folder}: no weights in safetensors; convert them with transformers' save_pretrained"
+            f"{folder}: no weights in safetensors; name the folder of a model, or convert pickled "
+            "weights with transformers' save_pretrained"
         ) from None
     except OSError as error:
         raise DataError(f"{folder / INDEX}: {error.strerror}") from None

@@ -22,7 +22,7 @@ STEP, FAILED, LIMIT, FULL = "killed at a step", "failed write", "file limit", "f
 SIGNAL, WORK, FINISHED = "signal at an instant", "damage in a work folder", "damage, then repair"
 SECOND, FORCE, RECORD = "second run", "killed during --force", "damaged run.json"
 KINDS = (STEP, SIGNAL, FAILED, LIMIT, FULL, WORK, FINISHED, RECORD, SECOND, FORCE)
-LATE = (FINISHED, FAILED, LIMIT, FULL, SECOND)
+LATE = (SIGNAL, FINISHED, FAILED, LIMIT, FULL, SECOND)
 """After these a stage may be finished, so they come after the kills."""
 WRITES = ("open ", "fsync ", "rename ", "mkdir ")
 RESUMED = ("base", "sft", "sample", "embed", "dpo", "reference")
@@ -101,6 +101,7 @@ class Campaign:
         self.whole, self.seed, self.tally, self.disk = whole, seed, tally, disk
         self.random, self.quick = random.Random(seed), quick
         self.steps = steps_of(whole)
+        self.first = {step.phase: step.place for step in reversed(self.steps)}
         self.done: Counter[str] = Counter()
         self.hits: Counter[str] = Counter()
         self.spoilt: Counter[str] = Counter()
@@ -115,10 +116,11 @@ class Campaign:
         """
         drawn = [(self._draw(kind), kind) for kind in kinds if kind != FORCE]
         drawn += [(step, STEP) for step in must]
-        first = {step.phase: step.place for step in reversed(self.steps)}
-        drawn.sort(key=lambda pair: (first[pair[0].phase], *_turn(*pair)))
-        for step, kind in drawn:
-            self._one(kind, step)
+        while drawn:
+            drawn.sort(key=lambda pair: (self.first[pair[0].phase], *_turn(*pair)), reverse=True)
+            step, kind = drawn.pop()
+            if not self._one(kind, step) and self._steps_for(kind, step.phase):
+                drawn.append((self._draw(kind, step.phase), kind))  # then in a later stage
         for _ in range(kinds.count(FORCE)):
             self._one(FORCE, self.steps[0])
         ended = self.run.do("run", "all")
@@ -126,8 +128,16 @@ class Campaign:
         self._compare()
         self.tally.survived += self.done
 
-    def _draw(self, kind: str) -> Step:
+    def _draw(self, kind: str, after: str | None = None) -> Step:
         """The step at or near which a fault of this kind happens."""
+        steps = self._steps_for(kind, after)
+        if kind != WORK and (self.quick or self.random.random() < 0.6):
+            quick = [step for step in steps if step.task.partition("-")[0] in QUICK]
+            steps = quick or steps
+        return self.random.choice(steps)
+
+    def _steps_for(self, kind: str, after: str | None) -> list[Step]:
+        """Where a fault of this kind may happen, in stages after one."""
         steps = [step for step in self.steps if step.role == "stage" and step.task]
         if kind == STEP:
             steps = self.steps
@@ -138,11 +148,10 @@ class Campaign:
             steps = [step for step in steps if step.name == name]
         if kind == SECOND:  # the lock is held by then
             steps = [step for step in steps if " work/" in step.name]
-        if kind != WORK and (self.quick or self.random.random() < 0.6):
-            steps = [step for step in steps if step.task.partition("-")[0] in QUICK]
-        return self.random.choice(steps)
+        start = -1 if after is None else self.first[after]
+        return [step for step in steps if self.first[step.phase] > start]
 
-    def _one(self, kind: str, step: Step) -> None:
+    def _one(self, kind: str, step: Step) -> bool:
         self.trail.append(f"{kind}: {step.role} {step.task} {step.name}")
         doer: dict[str, Callable[[Step], bool]] = {
             **{STEP: self._kill, SIGNAL: self._signal, FAILED: self._fail, LIMIT: self._limit},
@@ -159,6 +168,7 @@ class Campaign:
             self.tally.missed[kind] += 1
         said = " ".join(self.trail[known - 1 :]) + ("" if happened else ": came too late")
         print(f"{self.tally.tried.total():4} {time.monotonic() - start:5.1f} s  {said}", flush=True)
+        return happened
 
     def _kill(self, step: Step, count: int = 1) -> bool:
         plan = self._plan(step, count=count, target=step.role)
@@ -238,8 +248,10 @@ class Campaign:
         before = {p.name for p in self.run.partials()}
         ended = self.run.do("repair", sets=False)
         self._check(ended.code == 0 and str(path) in ended.output, "scmini repair", ended)
-        kept = {p.name for p in self.run.partials()} - before
-        self.spoilt[task] += 1 if kept or folder.exists() else self.whole.units()[task]
+        goes_on = [p for p in self.run.partials() if p.name not in before]
+        units = [p for folder in goes_on for p in folder.glob("*-[0-9]*")]
+        # Without a checkpoint that an earlier repair did without, all steps are made again.
+        self.spoilt[task] += 1 if units or folder.exists() else self.whole.units()[task]
         self.hits[task] += 1
         return True
 

@@ -245,3 +245,19 @@ def test_rows_without_an_id_or_text_are_named(tmp_path: Path) -> None:
     records.write_table(tmp_path / "part-0.parquet", pa.Table.from_pylist(rows))
     with pytest.raises(DataError, match=r"part-0.parquet, line 1: column 'responses'"):
         list(read_samples(tmp_path))
+
+
+def test_facts_outlive_a_kill_after_the_last_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to do then, and no engine is started."""
+
+    def killed(journal: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering._Journal, "sync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(plan(), tmp_path, Engine())
+    assert len(list(tmp_path.glob("part-*"))) == 3
+    assert run(plan(), tmp_path, None) == {"engine": "plain"}

@@ -232,6 +232,16 @@ def test_results_go_to_stdout(ran: list[tuple[Any, ...]], capsys: Any) -> None:
     assert capsys.readouterr().out == "", "the report of another configuration"
 
 
+def test_torn_results_are_said(ran: list[tuple[Any, ...]], capsys: Any) -> None:
+    report = Path("runs/demo/report")
+    report.mkdir(parents=True)
+    (report / "results.json").write_text('{"methods": {"sft"')
+    assert cli.main(["run", "all"]) == 5
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "results.json: damaged; scmini repair -o runs/demo sets it aside" in error
+
+
 @pytest.mark.parametrize(
     ("folder", "code", "said"),
     [

@@ -158,7 +158,7 @@ def test_the_process_ends_with_its_parent(sabotage: Callable[[str], None], tmp_p
         (["--device", "gpu"], 2, "invalid choice: 'gpu'"),
         (["--modle", "x"], 2, "did you mean --model?"),
         (["--model", "/no/such"], 5, "--model: the folder /no/such does not exist"),
-        (["--model", "./empty"], 5, "--model: ./empty: Unrecognized model"),
+        (["--model", "./empty"], 5, "--model: empty: no weights in safetensors; name the folder"),
     ],
 )
 def test_exit_codes(
