@@ -1,6 +1,6 @@
 """The live view of a run as a picture, taken in the middle of a training:
 
-    python bench/screenshot.py docs/images/screen.svg -c demo -o runs/demo
+    python bench/screenshot.py docs/pictures/screen.svg -c demo -o runs/demo
 
 runs what is not finished, as `scmini run all` would, and draws what a terminal shows then.
 """
