@@ -56,11 +56,11 @@ OTHERS_IN_LONG = [
 ]
 
 
-def undisturbed(disk: Disk, methods: tuple[str, ...]) -> TinyRun:
+def undisturbed(disk: Disk, methods: tuple[str, ...], name: str) -> TinyRun:
     run = TinyRun(disk.path / "now", methods)
     ended = run.do("run", "all")
     assert ended.code == 0, ended.output
-    return run.moved(disk.path / "whole")
+    return run.moved(disk.path / f"whole-{name}")
 
 
 def by_name(run: TinyRun) -> dict[str, list[Step]]:
@@ -122,7 +122,7 @@ def test_names_of_steps(path: str, task: str, name: str) -> None:
 
 
 def test_short(disk: Disk, tally: Tally) -> None:
-    whole = undisturbed(disk, SHORT)
+    whole = undisturbed(disk, SHORT, "short")
     steps = by_name(whole)
     luck = random.Random(SEED)
     before = tally.tried.total()
@@ -133,7 +133,7 @@ def test_short(disk: Disk, tally: Tally) -> None:
 
 @pytest.fixture(scope="module")
 def whole(disk: Disk) -> TinyRun:
-    return undisturbed(disk, LONG)
+    return undisturbed(disk, LONG, "long")
 
 
 @pytest.mark.slow
