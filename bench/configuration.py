@@ -44,7 +44,7 @@ COMMON = {
     "optim": "AdamW: in float32, in 8 bits, or paged (bitsandbytes).",
     "gradient_checkpointing": "Compute layers again in backward instead of keeping what they "
     "computed: slower, less memory.",
-    "save_steps": "Steps between two checkpoints.",
+    "save_steps": "Steps between two checkpoints, at most; there is one after 15 minutes too.",
     "logging_steps": "Steps between two rows of metrics.jsonl.",
     "report_to": "Where metrics go besides metrics.jsonl.",
     "lora_r": "Rank of the adapter.",
