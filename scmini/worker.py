@@ -157,10 +157,14 @@ def _as_known(config: Config, task: Task, error: BaseException) -> ScminiError |
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+    if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if "torch" not in sys.modules:  # else nobody can have said so, and importing it takes seconds
+        return False
+    from scmini.models.memory import is_out_of_memory
+
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or is_out_of_memory(error)
 
 
 def _memory_remedy(config: Config, task: Task) -> str:

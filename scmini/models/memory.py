@@ -17,6 +17,7 @@ _SIGNS = (
     "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
 )
 """How libraries say it whose errors are plain RuntimeErrors."""
 

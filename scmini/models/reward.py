@@ -152,7 +152,9 @@ class RewardModel:
             numbers = waiting[0]
             rewards = self._try([groups[number] for number in numbers])
             if rewards is None:
-                self.knob.halve(sum(sizes[number] for number in numbers), WHILE)
+                row = sum(sizes[number] for number in numbers)
+                if row <= self.knob.tokens:  # else another knob would make the same row
+                    self.knob.halve(row, WHILE)
                 if len(numbers) > 1:
                     waiting = fill(sizes, self.knob.tokens)
                     continue

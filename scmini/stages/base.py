@@ -33,7 +33,7 @@ from scmini.store import Work, note_written, write_atomic
 from scmini.training import checkpoints
 from scmini.training.batches import Group
 from scmini.training.losses import SFTObjective
-from scmini.training.trainer import train
+from scmini.training.trainer import Trained, train
 
 START, END, PAD = SPECIAL = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -86,8 +86,8 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
     made = json.loads(facts.read_bytes())
     if made["too_long"]:
         work.count("dialogue longer than model.max_length", made["too_long"])
-    work.note("steps", made["steps"])
-    work.note("peak_gib", round(checkpoints.peak_gib(), 3))
+    peak = round(checkpoints.peak_gib(), 3)
+    Trained(made["steps"], peak, made.get("tokens_per_microbatch")).note_in(work)
     if makes_grader:
         from scmini.training.reward_model import train_reward_model
 
@@ -192,7 +192,7 @@ def new_llama(config: Config, tokenizer: PreTrainedTokenizerBase) -> LlamaForCau
     return model.float()
 
 
-def _make_model(config: Config, corpus_path: Path, out: Path) -> dict[str, int]:
+def _make_model(config: Config, corpus_path: Path, out: Path) -> dict[str, int | None]:
     """Train and write model/; again from the newest checkpoint where that was begun or done."""
     corpus = [_messages(row, number, corpus_path) for number, row in read_jsonl(corpus_path)]
     if not corpus:
@@ -224,7 +224,11 @@ def _make_model(config: Config, corpus_path: Path, out: Path) -> dict[str, int]:
         tokenizer=tokenizer,
         adam_beta2=ADAM_BETA2,
     )
-    return {"too_long": len(corpus) - len(groups), "steps": trained.steps}
+    return {
+        "too_long": len(corpus) - len(groups),
+        "steps": trained.steps,
+        "tokens_per_microbatch": trained.tokens_per_microbatch,
+    }
 
 
 def _all_but_first(ids: list[int]) -> list[bool]:

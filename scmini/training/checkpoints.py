@@ -114,9 +114,15 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
 
 
 def load_window(folder: Path) -> dict[str, float]:
-    """Sums of metrics that no row has yet; none in checkpoints of earlier versions."""
-    path = folder / WINDOW
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    """Sums of metrics that no row has yet; none in checkpoints of earlier versions.
+
+    A damaged file counts as none: it costs a row some of its prompts, and no training.
+    """
+    try:
+        found = json.loads((folder / WINDOW).read_bytes())
+        return {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def publish(torn: Path, final: Path) -> None:

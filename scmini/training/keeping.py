@@ -61,9 +61,12 @@ class KeepingTrainer(Trainer):
             "memory/peak_gib": checkpoints.peak_gib(),
         }
 
+    def _names(self) -> list[str]:
+        return sorted({"prompts", "tokens", "loss", "steps", *self._metrics})
+
     def _totals(self) -> dict[str, float]:
         """The sums of the window so far, over all processes."""
-        names = sorted({"prompts", "tokens", "loss", "steps", *self._metrics})
+        names = self._names()
         sums = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
@@ -93,6 +96,9 @@ class KeepingTrainer(Trainer):
             cast(Any, self.optimizer).load_state_dict(checkpoints.load_optimizer(Path(checkpoint)))
             schedule = (Path(checkpoint) / "scheduler.json").read_text(encoding="utf-8")
             cast(Any, self.lr_scheduler).load_state_dict(json.loads(schedule))
-            if self.is_world_process_zero():  # the others add nothing to what all had together
+            window = checkpoints.load_window(Path(checkpoint))
+            # The others add nothing to what all had together. One that lacks a metric (of another
+            # version) would make that metric's mean too small.
+            if self.is_world_process_zero() and window.keys() >= set(self._names()):
                 # Tokens are for the speed, and the time that these took is not known.
-                self._sums = {**checkpoints.load_window(Path(checkpoint)), "tokens": 0.0}
+                self._sums = {**window, "tokens": 0.0}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tight_memory import room_for
 from training_helpers import dialogues, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,6 +55,19 @@ def test_makes_a_model_that_has_learned(tmp_path: Path) -> None:
     losses = [float(row.split('"loss": ')[1].split(",")[0]) for row in rows]
     assert losses[-1] < 0.8 * losses[0]
     assert work.notes["steps"] == 16
+
+
+def test_memory_that_ran_out_is_noted(tmp_path: Path) -> None:
+    """Also by a session that finds the model made, but not what comes after it."""
+    inputs = _inputs(tmp_path)
+    with room_for(100):
+        base.run(_config(), inputs, Work(tmp_path / "base"))
+    work = Work(tmp_path / "base")
+    base.run(_config(), inputs, work)
+    assert 1 <= work.notes["tokens_per_microbatch"] < 200
+    assert work.notes["steps"] == 16
+    base.run(_config(), inputs, quiet := Work(tmp_path / "roomy"))
+    assert "tokens_per_microbatch" not in quiet.notes
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:

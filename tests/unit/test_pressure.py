@@ -21,7 +21,7 @@ from tight_memory import room_for
 from torch import Tensor
 from training_helpers import gradients, response_groups, text_groups, tiny_model, with_lora
 
-from scmini import console
+from scmini import console, worker
 from scmini.errors import DoesNotFit
 from scmini.models.memory import Knob, half_of, is_out_of_memory
 from scmini.sections import TrainingConfig
@@ -113,6 +113,8 @@ def test_other_errors_are_no_lack_of_gpu_memory(tmp_path: Path) -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("anything"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"))
     assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+    assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
+    assert worker._is_out_of_memory(RuntimeError("CUDA error: out of memory")), "outside a step too"
     for error in (
         MemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate"),

@@ -372,7 +372,7 @@ def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
         for rewards, twins in zip(found, expected, strict=True):
             assert rewards == pytest.approx(twins, abs=1e-4)
             assert rewards[0] == rewards[2]
-        assert (model.knob.lowered_to or 99) < 60
+        assert longest // 2 <= (model.knob.lowered_to or 99) < 60, "halved for rows it had made"
         before = len(said)
         model.score_all(questions[:1])
         assert len(said) == before or most == longest, "the knob stays lowered"

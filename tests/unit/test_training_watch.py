@@ -289,6 +289,33 @@ def test_time_asks_for_checkpoints_and_new_steps_hold(
     assert product[0].read_bytes() == product[1].read_bytes()
 
 
+@pytest.mark.parametrize("kept", [None, b"{", b"[]", b"older"])
+def test_a_window_that_cannot_be_read(
+    kept: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompts are missing in one row; the row is right for the others, and training goes on."""
+    monkeypatch.setitem(train_process.CONFIG, "logging_steps", 1)
+    train_process.run(tmp_path / "whole", "dpo", WHOLE)
+    monkeypatch.setitem(train_process.CONFIG, "logging_steps", 5)
+    monkeypatch.setitem(train_process.CONFIG, "save_steps", 4)
+    torn = tmp_path / "torn"
+    with monkeypatch.context() as patch:
+        patch.setattr(TreeTrainer, "log", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train_process.run(torn, "dpo", WHOLE)
+    path = torn / "checkpoint-4" / "window.json"
+    older = {key: n for key, n in json.loads(path.read_bytes()).items() if key != "kl/rejected"}
+    path.unlink()
+    if kept is not None:
+        path.write_bytes(json.dumps(older).encode() if kept == b"older" else kept)
+    train_process.run(torn, "dpo", WHOLE)
+    fifth, twin = (json.loads(_rows(tmp_path / n)[i]) for n, i in (("torn", 0), ("whole", 4)))
+    twin["epoch"] = fifth["epoch"]
+    assert fifth == pytest.approx(twin)
+    products = [tmp_path / n / "product/adapter_model.safetensors" for n in ("torn", "whole")]
+    assert products[0].read_bytes() == products[1].read_bytes()
+
+
 def _rows(out: Path) -> list[str]:
     """Of metrics.jsonl, but for times and memory."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
