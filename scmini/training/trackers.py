@@ -8,8 +8,8 @@ rows up to its checkpoint, so its curve is whole and holds no step twice:
     wandb         one W&B run a session, all with one name, which is also their group
     trackio       one run a session: the name with the time behind it
 
-A tracker that does not open stops the training before its first step; one that fails later is warned
-about and left.
+A tracker that does not open stops the training before its first step; one that fails later is
+warned about and left.
 """
 
 import copy
