@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> None:
         planned=planned,
     )
     if Task("report") in finished:  # else what lies there is of another configuration
-        _print_results(run_dir / "report")
+        _print_results(run_dir / "report", config.grader)
 
 
 def _look_ahead(config: Config, name: str | None) -> dict[Task, float]:
@@ -309,8 +309,8 @@ def _status_table(found: dict[str, Any]) -> str:
     return table(["stage", "method", "state", "time", "size", "reason"], rows)
 
 
-def _print_results(report: Path) -> None:
-    """The table of results.json, if the report is there, and where the page is."""
+def _print_results(report: Path, grader: str) -> None:
+    """The table of results.json, if the report is there, in its page's units, and where that is."""
     try:
         methods = json.loads((report / "results.json").read_bytes())["methods"]
     except FileNotFoundError:
@@ -320,21 +320,26 @@ def _print_results(report: Path) -> None:
             f"{report / 'results.json'}: damaged; scmini repair -o "
             f"{shlex.quote(str(report.parent))} sets it aside, and the next run makes it anew"
         ) from None
+    from scmini.evaluation.report.wording import unit_of
+
+    unit = unit_of(grader)
+    grades = {
+        f"mean reward{unit.range} [95 %]": ("mean_reward", unit.scale, unit.digits),
+        "win rate % [95 %]": ("win_rate", 1, 1),
+    }
     graded = any(row["win_rate"] is not None for row in methods.values())
     measured = dict.fromkeys(name for row in methods.values() for name in row["benchmarks"])
-    head = ["method", *_GRADES] if graded else ["method"]
+    head = ["method", *grades] if graded else ["method"]
     rows = []
     for name, row in methods.items():
         cells = [
-            _interval(row[key], row[f"{key}_ci95"], n) for key, n in _GRADES.values() if graded
+            _interval(row[key], row[f"{key}_ci95"], digits, scale)
+            for key, scale, digits in grades.values()
+            if graded
         ]
         cells += [_benchmark(row["benchmarks"].get(each)) for each in measured]
         rows.append([name, *cells, str(row["n"])])
     _print(f"{table([*head, *measured, 'n'], rows)}\n{report / 'index.html'}")
-
-
-_GRADES = {"mean reward [95 %]": ("mean_reward", 3), "win rate % [95 %]": ("win_rate", 1)}
-"""Heading -> key of results.json and digits."""
 
 
 def _benchmark(found: dict[str, Any] | None) -> str:
@@ -345,10 +350,12 @@ def _benchmark(found: dict[str, Any] | None) -> str:
     return f"{text}, {found['failed']} failed" if found["failed"] else text
 
 
-def _interval(value: float | None, bounds: Sequence[float] | None, digits: int) -> str:
+def _interval(
+    value: float | None, bounds: Sequence[float] | None, digits: int, scale: float = 1
+) -> str:
     if value is None:
         return "-"
     if bounds is None:
-        return f"{value:.{digits}f}"
+        return f"{scale * value:.{digits}f}"
     low, high = bounds
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{scale * value:.{digits}f} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"

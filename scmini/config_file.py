@@ -123,7 +123,8 @@ def _checked(table: dict[str, Any], source: str, overrides: Sequence[str]) -> Co
             problems += _sentences(error)
         break
     if problems:
-        raise ConfigError(_complaint(source, list(dict.fromkeys(problems))))
+        at_fault = "--set" if file_is_right else source
+        raise ConfigError(_complaint(at_fault, list(dict.fromkeys(problems))))
     return config
 
 

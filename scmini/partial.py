@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,20 +69,29 @@ def sessions(partial: Path) -> list[list[float]]:
     return []
 
 
-def note_written(path: Path) -> None:
-    """Seal a finished shard, or all files of a finished folder, of the stage that is at work.
+@contextmanager
+def sealing(path: Path) -> Iterator[None]:
+    """Write a shard, or a folder, of the stage that is at work; it counts once the block has ended.
 
-    Outside of a work folder it does nothing.
+    What a kill leaves in between is not taken over: nobody could say whether it is whole. Outside
+    of a work folder it does nothing.
     """
     root = next((folder for folder in path.parents if folder.name.endswith(SUFFIX)), None)
     if root is None:
+        yield
         return
+    unit = path.relative_to(root).as_posix()
+    _append(root, {"unit": unit, "files": None})
+    yield
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     seals = {file.relative_to(root).as_posix(): seal_of(file) for file in files}
-    row = {"unit": path.relative_to(root).as_posix(), "files": seals}
+    _append(root, {"unit": unit, "files": seals})
+
+
+def _append(root: Path, row: dict[str, Any]) -> None:
     (root / SEALS).parent.mkdir(exist_ok=True)
     with open(root / SEALS, "ab") as handle:
-        handle.write(json.dumps(row).encode() + b"\n")
+        handle.write(b"\n" + json.dumps(row).encode() + b"\n")  # the last one may be torn
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -93,19 +102,29 @@ def seal_of(path: Path) -> dict[str, Any]:
 
 
 def noted(folder: Path) -> Seals:
-    """What was put down by `note_written`, the last word on each file."""
-    units: dict[str, Seals] = {}
+    """What was put down by `sealing`, the last word on each file."""
+    units = _units(folder).values()
+    return {name: seal for files in units for name, seal in (files or {}).items()}
+
+
+def _units(folder: Path) -> dict[str, Seals | None]:
+    """Unit -> seals of its files; None while it is being written."""
+    units: dict[str, Seals | None] = {}
     with suppress(OSError):
         for line in (folder / SEALS).read_bytes().splitlines():
             with suppress(ValueError, KeyError, TypeError, AttributeError):
                 row = json.loads(line)  # else torn by a kill
-                files = {name: seal for name, seal in row["files"].items() if _is_seal(name, seal)}
-                units[str(row["unit"])] = files
-    return {name: seal for files in units.values() for name, seal in files.items()}
+                files = row["files"]
+                good = files and {n: seal for n, seal in files.items() if _is_seal(n, seal)}
+                units[str(row["unit"])] = good
+    return units
 
 
 def drop_damaged(partial: Path) -> None:
     """Delete what is not as it was sealed, so that it is made anew."""
+    for unit, files in _units(partial).items():
+        if files is None and _is_inside(unit):
+            remove(partial / unit)
     seals = noted(partial)
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         files = json.loads((partial / MANIFEST).read_bytes())["files"]  # killed while finishing
@@ -145,12 +164,12 @@ def _is_intact(path: Path, seal: dict[str, Any]) -> bool:
 
 
 def _is_seal(name: Any, seal: Any) -> bool:
-    inside = isinstance(name, str) and name and not name.startswith("/")
-    return (
-        bool(inside)
-        and ".." not in PurePosixPath(name).parts
-        and set(seal) == {*("bytes", "sha256")}
-    )
+    return isinstance(name, str) and _is_inside(name) and set(seal) == {*("bytes", "sha256")}
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts and not name.startswith("/")
 
 
 def remove(path: Path) -> None:

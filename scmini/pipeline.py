@@ -223,13 +223,15 @@ class _Run:
             raise ScminiError(f"{self.store.root / folder} is not there")
         self.built.add(task)
         self._done(task, found)
+        self._forecast()  # the other methods of this stage, in the same process, will take as long
         text = f"done in {duration(found.seconds)}, {size(found.size)}"
         self.display.done(task, found.seconds, text)
 
     def _kept(self) -> str:
         return (
-            f"{len(self.finished)} of {len(self.tasks)} tasks are finished, and what was begun is "
-            f"kept\nto go on: {self.resume}"
+            f"{len(self.finished)} of {len(self.tasks)} tasks are finished\n"
+            "what was begun goes on from its last checkpoint or shard, else from its start\n"
+            f"to go on: {self.resume}"
         )
 
 

@@ -354,7 +354,8 @@ def text(done: Repair) -> str:
     elif not done.damaged:
         lines = [f"Nothing is damaged: {read}."]
     else:
-        lines = [f"Damaged: {len(done.damaged)} files; checked: {read}."]
+        number = len(done.damaged)
+        lines = [f"Damaged: {number} file{'s' if number > 1 else ''}; checked: {read}."]
         lines += [f"  {_line(fault)}" for fault in done.damaged[:_SHOWN]]
         if len(done.damaged) > _SHOWN:
             lines.append(f"  and {len(done.damaged) - _SHOWN} more; --json names them all")

@@ -68,6 +68,6 @@ def _state(
     if before:
         return "stale", "; ".join(explain(before.recipe, made))
     if store.partial(made).exists():
-        return "missing", "begun; goes on where it was"
+        return "missing", "begun; goes on from what it kept"
     gone = "its folder was set aside or deleted"
     return "missing", gone if entry.get("folder") else "never run"

@@ -34,7 +34,7 @@ from scmini.durable import write_atomic as write_atomic
 from scmini.errors import StoreDamaged
 from scmini.locks import is_locked, locked
 from scmini.partial import MANIFEST as MANIFEST
-from scmini.partial import note_written as note_written
+from scmini.partial import sealing as sealing
 
 VOLATILE = ("log/*", "metrics.jsonl", "trainer_state.json", "checkpoint-*/*")
 """Files that hold times: sealed, but not part of what downstream stages depend on."""

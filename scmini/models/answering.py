@@ -24,7 +24,7 @@ from scmini.console import progress, warn
 from scmini.errors import DataError, EnvironmentProblem
 from scmini.models.sampler import Answered, Prompt, Sampler
 from scmini.records import Response, Samples, read_samples_shard, read_table, write_samples
-from scmini.store import note_written, write_atomic
+from scmini.store import sealing, write_atomic
 
 TOO_LONG = "prompt leaves no room for an answer"
 NONE_GIVEN = "prompts to which the data set has no answer"
@@ -86,8 +86,8 @@ def write_answers(
 
 
 def _put_down(path: Path, facts: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(facts).encode())
-    note_written(path)
+    with sealing(path):
+        write_atomic(path, json.dumps(facts).encode())
 
 
 class _Answering:
@@ -163,8 +163,8 @@ class _Answering:
     def _close_if_full(self, k: int) -> None:
         rows = self._open[k]
         if len(rows) == len(self._shards[k]):
-            write_samples(self._paths[k], [rows[id] for id, _ in self._shards[k]])
-            note_written(self._paths[k])
+            with sealing(self._paths[k]):
+                write_samples(self._paths[k], [rows[id] for id, _ in self._shards[k]])
             del self._open[k]
             if self.journal.is_large:
                 self._rewrite_journal()
@@ -178,8 +178,8 @@ def _begun_with(path: Path, size: int) -> int:
     if path.exists():
         return int(path.read_bytes())
     path.parent.mkdir(exist_ok=True)
-    write_atomic(path, str(size).encode())
-    note_written(path)
+    with sealing(path):
+        write_atomic(path, str(size).encode())
     return size
 
 

@@ -29,7 +29,7 @@ from scmini.models.added_tokens import add_tokens
 from scmini.records import Message, read_jsonl
 from scmini.sections import TrainingConfig
 from scmini.seeding import derived_seed
-from scmini.store import Work, note_written, write_atomic
+from scmini.store import Work, sealing, write_atomic
 from scmini.training import checkpoints
 from scmini.training.batches import Group
 from scmini.training.losses import SFTObjective
@@ -81,8 +81,8 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
     if not facts.is_file():
         made = _make_model(config, inputs["data"] / "corpus.jsonl", work.path)
         facts.parent.mkdir(exist_ok=True)
-        write_atomic(facts, json.dumps(made).encode())
-        note_written(facts)
+        with sealing(facts):
+            write_atomic(facts, json.dumps(made).encode())
     made = json.loads(facts.read_bytes())
     if made["too_long"]:
         work.count("dialogue longer than model.max_length", made["too_long"])

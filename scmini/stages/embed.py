@@ -21,7 +21,7 @@ from scmini.errors import DataError
 from scmini.models.encoders import Encoder, build_encoder
 from scmini.models.hashed_ngrams import Vectors
 from scmini.records import read_examples, read_samples_shard
-from scmini.store import Work, note_written, write_atomic
+from scmini.store import Work, sealing, write_atomic
 from scmini.training.checkpoints import peak_gib
 
 Prompts = list[tuple[str, list[str]]]
@@ -121,8 +121,8 @@ def _embed(
         (output.with_suffix(".ids.json"), lines.encode()),
         (output, buffer.getvalue()),
     ):
-        write_atomic(path, data)
-        note_written(path)
+        with sealing(path):
+            write_atomic(path, data)
     return listed
 
 

@@ -14,7 +14,7 @@ from scmini.models import loading
 from scmini.models.memory import Knob
 from scmini.records import read_jsonl, read_pairs, read_table, write_table
 from scmini.stages.dpo import TOO_LONG
-from scmini.store import Work, note_written
+from scmini.store import Work, sealing
 from scmini.training.batches import Group
 from scmini.training.checkpoints import peak_gib
 from scmini.training.example import show_group
@@ -72,8 +72,9 @@ def run(config: Config, inputs: dict[str, Path], work: Work) -> None:
         shard = needed[start : start + PROMPTS_PER_SHARD]
         path = work.path / "scratch" / f"part-{number:05d}.parquet"
         if not path.is_file():
-            write_table(path, _table(scorer.score(shard, known)))
-            note_written(path)
+            table = _table(scorer.score(shard, known))
+            with sealing(path):
+                write_table(path, table)
         rows |= _read(path)
     console.progress(len(needed), len(needed), "prompts")
     _write(rows, needed, inputs["filter"] / "pairs", work)

@@ -17,7 +17,7 @@ from scmini.config import Config
 from scmini.data import zoo
 from scmini.errors import DataError
 from scmini.records import Generation, Reward, read_generations, read_rewards, write_jsonl
-from scmini.store import Work, note_written, write_atomic
+from scmini.store import Work, sealing, write_atomic
 
 if TYPE_CHECKING:
     from scmini.models.reward import RewardModel
@@ -66,10 +66,10 @@ def _by_model(
             before = judge.full
             scores = zip(chunk, judge.score_all(answers), strict=True)
             part.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(full, str(judge.full - before).encode())
-            write_jsonl(part, [Reward(g.id, *pair) for g, pair in scores])
-            note_written(full)
-            note_written(part)
+            with sealing(full):
+                write_atomic(full, str(judge.full - before).encode())
+            with sealing(part):
+                write_jsonl(part, [Reward(g.id, *pair) for g, pair in scores])
         found += read_rewards(part)
         if number := int(full.read_text()):
             work.count(FULL, number)

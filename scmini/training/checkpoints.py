@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scmini.models.loading import quietly, restore_adapter, save_adapter
-from scmini.store import note_written, write_atomic
+from scmini.store import sealing, write_atomic
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 MODEL_WEIGHTS = "model.safetensors"
@@ -131,14 +131,14 @@ def publish(torn: Path, final: Path) -> None:
         if path.is_file():
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(torn, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    note_written(final)
+    with sealing(final):
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(torn, final)
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def temporary(final: Path) -> Path:

@@ -100,8 +100,9 @@ def task_lines(now: Running, width: int, glyphs: Glyphs) -> list[Line]:
             parts.append(f"{duration(now.left)} left")
         if now.rate is not None:
             parts.append(rate_text(now.rate, now.unit))
-        drawn = bar(share, 24 if width >= 80 else 12, glyphs)
-        lines.append((("  ", ""), *drawn, (f" {parts[0]}  {'  '.join(parts[1:])}", "")))
+        text = f" {parts[0]}  {'  '.join(parts[1:])}"
+        drawn = bar(share, 24 if width >= max(80, 27 + len(text)) else 12, glyphs)
+        lines.append((("  ", ""), *drawn, (text, "")))
     curves = _curves(now, width, glyphs)
     if curves:
         lines.append((("  ", ""), *curves))

@@ -207,9 +207,9 @@ def test_results_go_to_stdout(ran: list[tuple[Any, ...]], capsys: Any) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == [
         "self-contrast-4",
-        "0.800",
-        "[0.790,",
-        "0.813]",
+        "80.0",
+        "[79.0,",
+        "81.3]",
         "50.0",
         "[45.0,",
         "55.2]",

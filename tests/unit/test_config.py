@@ -20,8 +20,18 @@ def problems(text: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "test.yaml", overrides)
     head, *lines = str(caught.value).splitlines()
-    assert head == f"test.yaml: {len(lines)} to fix"
+    assert head in (f"{at_fault}: {len(lines)} to fix" for at_fault in ("test.yaml", "--set"))
     return [line.removeprefix("  ") for line in lines]
+
+
+def test_what_is_wrong_is_looked_for_where_it_was_typed() -> None:
+    def head(text: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            parse_config(text, "test.yaml", ["dpo.bta=1"])
+        return str(caught.value).splitlines()[0]
+
+    assert head("") == "--set: 1 to fix"
+    assert head("dpo: {beta: text}") == "test.yaml: 2 to fix"
 
 
 def refusal(text: str | bytes) -> str:

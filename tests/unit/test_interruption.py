@@ -75,7 +75,7 @@ def test_a_signal_stops_and_keeps(asleep: Any, executed: Any, number: signal.Sig
     assert error.endswith(f"to go on: scmini run all -o {run_dir}\n")
     assert not is_alive(stage)
     row = next(r for r in pipeline.status(c, run_dir)["stages"] if r["name"] == "sft")
-    assert (row["state"], row["reason"]) == ("missing", "begun; goes on where it was")
+    assert (row["state"], row["reason"]) == ("missing", "begun; goes on from what it kept")
     executed()
     pipeline.run(c, run_dir)
     assert executed() == ["sft", "generate:sft", "reward:sft", "report"]

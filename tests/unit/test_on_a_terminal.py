@@ -97,7 +97,7 @@ def test_ctrl_c(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> N
     text = terminal.text
     place = next(n for n, line in enumerate(text) if "stopping; progress is kept" in line)
     assert any(line.split()[:3] == ["■", "sft", "stopped"] for line in text[place:])
-    assert text[-2].startswith("scmini: stopped by SIGINT; 2 of 6 tasks are finished")
+    assert text[-3].startswith("scmini: stopped by SIGINT; 2 of 6 tasks are finished")
     assert text[-1] == f"to go on: scmini run all -o {toy} --until sft"
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from scmini import partial
 from scmini.errors import StoreDamaged
-from scmini.store import Recipe, Store, Work, note_written, write_atomic
+from scmini.store import Recipe, Store, Work, sealing, write_atomic
 
 RECIPE = Recipe("sample", None, 1, {"sample": {"n": 2}})
 
@@ -29,13 +30,13 @@ def begin(store: Store) -> Path:
     """Two shards and two checkpoints in a work folder, and a file that nobody sealed."""
     for work in work_in(store):
         for number in (0, 1):
-            write_atomic(work.path / f"part-{number}", b"shard %d" % number)
-            note_written(work.path / f"part-{number}")
+            with sealing(work.path / f"part-{number}"):
+                write_atomic(work.path / f"part-{number}", b"shard %d" % number)
             folder = work.path / f"checkpoint-{number}"
-            folder.mkdir()
-            for name in ("weights", "optimizer"):
-                (folder / name).write_text(f"{name} {number}")
-            note_written(folder)
+            with sealing(folder):
+                folder.mkdir()
+                for name in ("weights", "optimizer"):
+                    (folder / name).write_text(f"{name} {number}")
         (work.path / "free").write_text("not sealed")
     return store.partial(RECIPE)
 
@@ -100,20 +101,34 @@ def test_a_unit_that_was_deleted_on_purpose(tmp_path: Path) -> None:
     shutil.rmtree(begin(store) / "checkpoint-0")
     for work in work_in(store):
         assert units(work.path) == WHOLE - {"checkpoint-0"}
-        write_atomic(work.path / "part-0", b"made anew, and otherwise")
-        note_written(work.path / "part-0")
+        with sealing(work.path / "part-0"):
+            write_atomic(work.path / "part-0", b"made anew, and otherwise")
     for work in work_in(store):
         assert (work.path / "part-0").read_bytes() == b"made anew, and otherwise"
 
 
 def test_a_torn_seal(tmp_path: Path) -> None:
-    """A kill while it was put down: the shard is whole, as the seal comes after it."""
+    """A kill while it was put down: whether the checkpoint is whole, nobody can say any more."""
     store = Store(tmp_path)
     seals = begin(store) / partial.SEALS
     seals.write_bytes(seals.read_bytes()[:-20])
     for work in work_in(store):
-        assert units(work.path) == WHOLE
-        assert "checkpoint-1/weights" not in partial.noted(work.path)
+        assert units(work.path) == WHOLE - {"checkpoint-1"}
+        with sealing(work.path / "part-1"):
+            pass
+        assert "part-1" in partial.noted(work.path), "what follows a torn line is read"
+
+
+def test_a_kill_before_the_seal(tmp_path: Path) -> None:
+    """A shard that was written, but not sealed, and damaged afterwards."""
+    store = Store(tmp_path)
+    begin(store)
+    for work in work_in(store):
+        with suppress(KeyboardInterrupt), sealing(work.path / "part-1"):
+            write_atomic(work.path / "part-1", b"")
+            raise KeyboardInterrupt
+    for work in work_in(store):
+        assert units(work.path) == WHOLE - {"part-1"}
 
 
 def test_nothing_damaged_is_blessed(tmp_path: Path) -> None:
@@ -166,6 +181,6 @@ def test_damaged_sessions_and_seals(tmp_path: Path, text: str) -> None:
 
 
 def test_outside_of_a_work_folder(tmp_path: Path) -> None:
-    (tmp_path / "part-0").touch()
-    note_written(tmp_path / "part-0")
+    with sealing(tmp_path / "part-0"):
+        (tmp_path / "part-0").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["part-0"]

@@ -16,6 +16,7 @@ from scmini.locks import locked
 from scmini.run_folder import RunFolder
 from scmini.stage_graph import Task, tasks
 from scmini.store import Store
+from scmini.view.forecast import expected_seconds
 
 
 def test_a_whole_run_and_what_a_change_runs_again(
@@ -67,6 +68,24 @@ def test_a_whole_run_and_what_a_change_runs_again(
     pipeline.run(config("sft_continued.learning_rate=0.1"), run_dir)
     control = ["sft:sft-continued", "generate:sft-continued", "reward:sft-continued", "report"]
     assert executed() == control
+
+
+def test_each_method_foretells_the_next_ones_of_its_process(
+    tmp_path: Path, executed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foretold: list[tuple[set[Task], set[Task]]] = []
+
+    def listen(*args: Any) -> dict[Task, float]:
+        found = expected_seconds(*args)
+        foretold.append((set(args[2]), set(found)))
+        return found
+
+    monkeypatch.setattr(pipeline, "expected_seconds", listen)
+    pipeline.run(config(), tmp_path / "runs" / "toy")
+    first, second = (
+        task for task in tasks(config()) if task.key in ("dpo:dpo", "dpo:self-contrast-1")
+    )
+    assert any(first in done and second in known for done, known in foretold)
 
 
 def test_one_process_per_stage(tmp_path: Path, executed: Any) -> None:

@@ -82,6 +82,11 @@ def test_lines_of_a_task() -> None:
         "  ####--------  37 %  3/8 steps  10.0 s left  0.5 steps/s",
         "  loss 0.25     #_",
     ]
+    many = replace(NOW, done=3072, total=24576, unit="answers", left=56.0, rate=384.0)
+    assert read(many, 80, ASCII)[1] == (
+        "  #-----------  12 %  3072/24576 answers  56.0 s left  384 answers/s"
+    )
+    assert len(read(many, 81, ASCII)[1]) == 80, "one column stays free"
     assert read(Running("sft: starting", 0.2), 80, ASCII) == ["  sft: starting"]
     flat = replace(NOW, figures={"loss": 0.25}, curves={"loss": [float("nan")]})
     assert read(flat, 80, ASCII)[2] == "  loss 0.25"

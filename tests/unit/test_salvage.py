@@ -1,6 +1,5 @@
 """What is kept of a damaged finished stage, and that it ends like one that was never damaged."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import pytest
 from test_answering import Engine, plan
 
-from scmini import salvage
+from scmini import partial, salvage
 from scmini.models.answering import write_answers
-from scmini.store import Finished, Recipe, Store, Work, digest_of, note_written, write_atomic
+from scmini.store import Finished, Recipe, Store, Work, digest_of, sealing, write_atomic
 
 RECIPE = Recipe("sample", None, 1, {})
 
@@ -149,9 +148,8 @@ def test_seals_outlive_the_sealing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.building(RECIPE) as work:
         assert work is not None
-        write_atomic(work.path / "part-0", b"shard")
-        note_written(work.path / "part-0")
+        with sealing(work.path / "part-0"):
+            write_atomic(work.path / "part-0", b"shard")
     found = store.find(RECIPE)
     assert found is not None
-    row = json.loads((found.path / "log" / "seals.jsonl").read_text())
-    assert row["files"]["part-0"] == found.manifest["files"]["part-0"]
+    assert partial.noted(found.path)["part-0"] == found.manifest["files"]["part-0"]
