@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ def _status(arguments: argparse.Namespace) -> None:
     if arguments.watch:
         watching.watch(
             lambda: pipeline.status(config, run_dir),
-            _status_table,
+            lambda found: _status_table(found, narrow=_is_narrow()),
             running=lambda: read_progress(run_dir),
         )
         return
@@ -294,19 +295,21 @@ def _default_folder(config: Config) -> Path:
     return Path("runs") / config.name
 
 
-def _status_table(found: dict[str, Any]) -> str:
-    rows = [
-        [
-            stage["name"],
-            stage["method"] or "",
-            stage["state"],
-            duration(stage["seconds"]) if stage["seconds"] is not None else "",
-            size(stage["bytes"]) if stage["bytes"] is not None else "",
-            " ".join(stage["reason"].split()),
-        ]
-        for stage in found["stages"]
-    ]
-    return table(["stage", "method", "state", "time", "size", "reason"], rows)
+def _status_table(found: dict[str, Any], *, narrow: bool = False) -> str:
+    rows = []
+    for stage in found["stages"]:
+        seconds = duration(stage["seconds"]) if stage["seconds"] is not None else ""
+        taken = size(stage["bytes"]) if stage["bytes"] is not None else ""
+        reason = " ".join(stage["reason"].split())
+        row = [stage["name"], stage["method"] or "", stage["state"]]
+        rows.append([*row, reason or seconds] if narrow else [*row, seconds, taken, reason])
+    last = ["time or reason"] if narrow else ["time", "size", "reason"]
+    return table(["stage", "method", "state", *last], rows)
+
+
+def _is_narrow() -> bool:
+    """Whether stdout is a terminal that has no room for all columns."""
+    return sys.stdout.isatty() and shutil.get_terminal_size().columns < 100
 
 
 def _print_results(report: Path, grader: str) -> None:

@@ -1,12 +1,16 @@
-"""What a person sees of a training while it goes on, and the warning that it goes wrong."""
+"""What a person sees of a training while it goes on, and how it hears that it is to stop."""
 
 import math
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
 
 from scmini import console
+from scmini.errors import Interrupted
 from scmini.training.tree_trainer import TreeTrainer
 
 DRIFT = "drift/chosen_per_token"
@@ -53,10 +57,17 @@ class Collapse:
 
 
 class Progress(TrainerCallback):
-    """Epochs as a person counts them, when to log and save, the progress bar and the warning."""
+    """Epochs as a person counts them, when to log, save and stop, the bar and the warning.
 
-    def __init__(self, trainer: TreeTrainer, steps_per_epoch: int) -> None:
+    Args:
+        asked_to_stop: whether to end after this step, see `stopping`.
+    """
+
+    def __init__(
+        self, trainer: TreeTrainer, steps_per_epoch: int, asked_to_stop: Callable[[], bool]
+    ) -> None:
         self.trainer, self.steps_per_epoch = trainer, steps_per_epoch
+        self.asked_to_stop = asked_to_stop
         self.collapse = Collapse()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,7 +79,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.steps_per_epoch
         control.should_log |= state.global_step >= state.max_steps
-        control.should_save |= self.trainer.overdue
+        control.should_save |= self.trainer.overdue or self.asked_to_stop()
         if state.is_world_process_zero:
             last = state.log_history[-1] if state.log_history else {}
             figures = {name: last[key] for key, name in FIGURES.items() if key in last}
@@ -79,3 +90,29 @@ class Progress(TrainerCallback):
         said = self.collapse.notice(row, step, last=step >= state.max_steps)
         if said and state.is_world_process_zero:
             console.warn(said)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked_to_stop():
+            raise Interrupted(f"stopped by SIGTERM; kept up to step {state.global_step}")
+
+
+@contextmanager
+def stopping(alone: bool) -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM, which is what Ctrl-C becomes for a stage, end a training after its step.
+
+    Args:
+        alone: whether this is the only process of the training. Several would have to agree on the
+            step, so there the signal ends them at once.
+
+    Yields:
+        Whether the signal has come.
+    """
+    came = threading.Event()
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

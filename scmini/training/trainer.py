@@ -21,7 +21,7 @@ from scmini.store import Work
 from scmini.training import checkpoints, trackers
 from scmini.training.batches import Group
 from scmini.training.keeping import METRICS
-from scmini.training.progress import Progress
+from scmini.training.progress import Progress, stopping
 from scmini.training.steps import Objective, Steps
 from scmini.training.tree_trainer import TreeModule, TreeTrainer
 
@@ -81,6 +81,7 @@ def train(
         DataError: no prompt.
         DoesNotFit: a single sequence is too long for the GPU's memory (naming the prompt).
         ScminiError: a loss or gradient that is not finite (naming the prompts).
+        Interrupted: SIGTERM; the step that was begun is finished and saved.
     """
     if not groups:
         raise DataError("no prompt is left to train on: all are longer than model.max_length")
@@ -102,14 +103,15 @@ def train(
         label = label or trackers.Label(out.name)
         trainer.add_callback(trackers.Tracker(config.report_to, args, label))
     trainer.train_dataset = steps
-    trainer.add_callback(Progress(trainer, steps.per_epoch))
     start = checkpoints.newest(out)
     if trainer.is_world_process_zero():
         done = 0 if start is None else checkpoints.step_of(start)
         checkpoints.restore_metrics(out / METRICS, start)
         console.progress(done, len(steps), "steps")
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    with stopping(alone=args.world_size == 1) as asked:
+        trainer.add_callback(Progress(trainer, steps.per_epoch, asked))
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     if trainer.is_world_process_zero():
         torn = checkpoints.temporary(out / save_as)
         checkpoints.save_model(model, torn, tokenizer)

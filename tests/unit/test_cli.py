@@ -232,6 +232,22 @@ def test_results_go_to_stdout(ran: list[tuple[Any, ...]], capsys: Any) -> None:
     assert capsys.readouterr().out == "", "the report of another configuration"
 
 
+def test_a_narrow_status_has_room_for_reasons() -> None:
+    whole = {"name": "sft", "method": None, "state": "done", "reason": "", "path": "x"}
+    done = {**whole, "seconds": 65.0, "bytes": 1024}
+    reason = "waits for dpo self-contrast-16-unfiltered"
+    waits = {
+        **{"name": "generate", "method": "self-contrast-16-unfiltered", "state": "missing"},
+        **{"reason": reason, "seconds": None, "bytes": None, "path": None},
+    }
+    lines = cli._status_table({"stages": [done, waits]}, narrow=True).splitlines()
+    assert lines[0].split("  ")[-1] == "time or reason"
+    assert lines[1].endswith("1:05")
+    assert lines[2].endswith(reason)
+    assert len(lines[2]) <= 92
+    assert " 1.0 KiB" in cli._status_table({"stages": [done, waits]})
+
+
 def test_torn_results_are_said(ran: list[tuple[Any, ...]], capsys: Any) -> None:
     report = Path("runs/demo/report")
     report.mkdir(parents=True)
