@@ -287,7 +287,8 @@ def _load(arguments: argparse.Namespace, output: Path | None) -> Config:
         say(f"no -c given: using the configuration of the run, {name}")
     elif name is None:
         verb = "running" if arguments.command == "run" else "taking"
-        say(f"no -c given: {verb} the embedded demo (configs/demo.yaml)")
+        changed = " with what --set changes" if arguments.overrides else ""
+        say(f"no -c given: {verb} the embedded demo (configs/demo.yaml){changed}")
     return load_config(name, arguments.overrides)
 
 

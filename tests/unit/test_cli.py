@@ -118,6 +118,8 @@ def test_without_c_the_demo_runs_and_says_so(ran: list[tuple[Any, ...]], capsys:
     assert "no -c given: running the embedded demo (configs/demo.yaml)" in capsys.readouterr().err
     config, run_dir, options = ran[0]
     assert (config, run_dir) == (load_config("demo", []), Path("runs/demo"))
+    assert cli.main(["run", "all", "--set", "seed=3"]) == 0
+    assert "(configs/demo.yaml) with what --set changes\n" in capsys.readouterr().err
     assert options == {"only": None, "from_": None, "until": None, "force": False, "planned": {}}
 
 
