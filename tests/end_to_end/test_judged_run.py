@@ -86,5 +86,5 @@ def test_benchmarks_from_questions_to_the_report(
     page = (run / "report" / "index.html").read_text()
     assert "mt-bench" in page.lower()
     capsys.readouterr()
-    _print_results(run / "report")
+    _print_results(run / "report", "model")
     assert "7.00" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def check_values(given: dict[str, Any], folder: Path) -> None:
 
 
 def check_overrides(overrides: list[str], folder: Path) -> None:
-    survives(lambda: _right(load_config("demo", overrides)), "demo.yaml", LINES)
+    survives(lambda: _right(load_config("demo", overrides)), "--set", LINES)
 
 
 def check_extends(name: str, folder: Path) -> None:
