@@ -192,6 +192,7 @@ class _Run:
                 made = recipe(self.config, task, self.finished)
                 found = self.store.find(made)
                 if found and not (self.force and phase in self.chosen):
+                    self.store.tidy(found)
                     self._done(task, found)
                     self.display.kept(task, found.seconds)
                 else:

@@ -31,7 +31,7 @@ from scmini.durable import disk_full_is_said as disk_full_is_said
 from scmini.durable import sha256_of as sha256_of
 from scmini.durable import sync
 from scmini.durable import write_atomic as write_atomic
-from scmini.errors import StoreDamaged
+from scmini.errors import StoreBusy, StoreDamaged
 from scmini.locks import is_locked, locked
 from scmini.partial import MANIFEST as MANIFEST
 from scmini.partial import sealing as sealing
@@ -193,6 +193,13 @@ class Store:
                     os.rename(final, old)
                 os.rename(partial, final)
                 sync(self.root)
+                shutil.rmtree(old, ignore_errors=True)
+
+    def tidy(self, finished: Finished) -> None:
+        """Remove what a kill right after the last rename left beside a finished stage."""
+        lock, old = self.lock(finished.path.name), self.replaced(finished.path.name)
+        if lock.exists() or old.exists():
+            with suppress(StoreBusy), locked(lock, finished.path.name):
                 shutil.rmtree(old, ignore_errors=True)
 
     def verify(self, finished: Finished, patterns: Sequence[str] = ("*",)) -> None:

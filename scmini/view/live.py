@@ -67,6 +67,8 @@ class RunDisplay(Display):
         title: name of the configuration.
         run_dir: the run folder; what runs is told in it to other terminals.
         tasks: what this run will do or has done, in order.
+
+    Attributes:
         expected: seconds of tasks, as far as they are known; may be changed at any time.
     """
 

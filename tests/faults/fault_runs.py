@@ -200,12 +200,12 @@ def _without_times(value: Any) -> Any:
 
 
 def leftovers(run: TinyRun) -> list[str]:
-    """What no run may leave behind. (A lock file may stay: the lock ends with its process.)"""
+    """What no run may leave behind."""
     names = [p for p in run.root.joinpath("disk").rglob("*") if p.name != MANIFEST]
     return sorted(
         str(p.relative_to(run.root))
         for p in names
-        if p.name.endswith((".tmp", ".partial", ".old"))
+        if p.name.endswith((".tmp", ".partial", ".old", ".lock"))
         or p.name.startswith(".job-")
         or p.name in ("forced", "sessions.json")
     )

@@ -381,3 +381,17 @@ def test_recipes_with_equal_content_are_equal() -> None:
     two = replace(RECIPE, config={"b": 2.0, "a": 1})
     assert one.folder == two.folder
     assert replace(one, method="dpo").folder != one.folder
+
+
+def test_what_a_kill_left_beside_a_finished_stage_goes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    found = build(store)
+    lock, old = store.lock(found.path.name), store.replaced(found.path.name)
+    old.mkdir()
+    with locked(lock, "held"):
+        store.tidy(found)
+        assert lock.exists()
+        assert old.exists(), "somebody is at work"
+    lock.touch()
+    store.tidy(found)
+    assert [path.name for path in tmp_path.iterdir()] == [found.path.name]
